@@ -1,0 +1,58 @@
+"""Implicit deep learning for PyTorch: x = phi(A x + B u + b),  y = C x + D u + d.
+
+The map, in reading order:
+
+    ImplicitLayer, MonotoneLayer, EquilibriumLayer, ImplicitRNN     layers
+    ImplicitModel, stack                                            the algebra
+    fixed_point, attach, Implicit, OneStep, Neumann, Unrolled       solves with gradients
+    solvers, activations, wellposed, plot                           modules
+    Solution, Status, and the errors                                what comes back
+"""
+
+import importlib
+from typing import Any
+
+from . import activations, maps, solvers, wellposed
+from .implicit import Implicit, Neumann, OneStep, Unrolled, attach, fixed_point
+from .layers import EquilibriumLayer, ImplicitLayer, ImplicitRNN, MonotoneLayer
+from .model import ImplicitModel, stack
+from .solution import (
+    ConvergenceError,
+    ImplicitDLError,
+    NotWellPosedError,
+    Solution,
+    Status,
+)
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ConvergenceError",
+    "EquilibriumLayer",
+    "Implicit",
+    "ImplicitDLError",
+    "ImplicitLayer",
+    "ImplicitModel",
+    "ImplicitRNN",
+    "MonotoneLayer",
+    "Neumann",
+    "NotWellPosedError",
+    "OneStep",
+    "Solution",
+    "Status",
+    "Unrolled",
+    "activations",
+    "attach",
+    "fixed_point",
+    "maps",
+    "plot",
+    "solvers",
+    "stack",
+    "wellposed",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name == "plot":  # its names are looked up once it is used
+        return importlib.import_module(".plot", __name__)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

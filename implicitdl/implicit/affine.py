@@ -1,0 +1,277 @@
+"""Derivatives of x = phi(A x + v) to every order, in every mode of torch.
+
+    s = P_d (A^T s + x_bar),  A_bar = s x^T,  v_bar = s        backward, d = phi'(A x + v)
+    x' = P_d (A x' + A' x + v')                                forward
+
+Both equations are again affine equilibria, with the linear activation w -> P_d w, so the code that
+solves the equation solves them too.
+
+Reference: El Ghaoui et al. (2021), section 5.
+"""
+
+import functools
+import json
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from .. import activations, solvers
+from ..maps import AffineMap, Scaled
+from ..solvers import Auto, FixedPointSolver
+from .closures import checked, row_scale
+
+
+@dataclass(frozen=True)
+class Equation:
+    """x = phi(A x + v) without its tensors: the activation, the facts, the solvers.
+
+    Attributes:
+        phi, contraction, monotone, acyclic: as in `AffineMap`.
+        solver: of the equation.
+        adjoint_solver: of its adjoint and tangent equations.
+        spec: all of this as JSON, which is how compiled and exported graphs carry it.
+    """
+
+    phi: activations.Activation
+    contraction: float | None = None
+    monotone: float | None = None
+    acyclic: bool = False
+    solver: FixedPointSolver = field(default_factory=Auto)
+    adjoint_solver: FixedPointSolver = field(default_factory=Auto)
+    spec: str = ""
+
+    def map(self, A: Tensor, v: Tensor) -> AffineMap:
+        """f at these tensors."""
+        return AffineMap(A, v, self.phi, self.contraction, self.monotone, self.acyclic)
+
+    def linear(self, M: Tensor, d: Tensor, c: Tensor) -> Tensor:
+        """The solution of y = P_d (M y + c), row by row.  # (m, n)"""
+        scale = row_scale(c)
+        c = c / scale
+        f = replace(self.map(M, c), phi=Scaled(phi=self.phi, d=d))
+        solution = self.adjoint_solver.solve(f, f.phi(c))
+        return checked(solution).value.mul_(scale)
+
+    def with_spec(self) -> "Equation":
+        """The same with `spec` filled in, which `torch.compile` and `torch.export` need."""
+        facts = {
+            "phi": self.phi.to_config(),
+            "contraction": self.contraction,
+            "monotone": self.monotone,
+            "acyclic": self.acyclic,
+            "solver": self.solver.to_config(),
+            "adjoint_solver": self.adjoint_solver.to_config(),
+        }
+        return replace(self, spec=json.dumps(facts))
+
+
+@functools.lru_cache(maxsize=256)
+def _equation(spec: str) -> Equation:
+    """The equation that `Equation.spec` described."""
+    facts = json.loads(spec)
+    facts["phi"] = activations.from_config(facts["phi"])
+    for key in ("solver", "adjoint_solver"):
+        facts[key] = solvers.from_config(facts[key])
+    return Equation(**facts)
+
+
+def equilibrium(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
+    """The solution of x = phi(A x + v), differentiable to every order in A and v.
+
+    The way a layer calls the engine: it returns the tensor alone, raises where a sample fails, and
+    works in eager mode, under `torch.func`, `torch.compile` and `torch.export`.
+
+    Args:
+        A: the weight.  # (n, n)
+        v: B u + b.  # (m, n)
+        equation: activation, facts and solvers.
+
+    Raises:
+        ConvergenceError: a sample did not converge, forward or in a derivative.
+    """
+    if torch.compiler.is_compiling():
+        return torch.ops.implicitdl.equilibrium(A, v, equation.spec)
+    if torch._C._are_functorch_transforms_active():
+        x = _Solve.apply(A.detach(), v.detach(), equation)
+    else:
+        x = _solve(A, v, equation)
+    return Attach.apply(A, v, x, equation)
+
+
+def _solve(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
+    with torch.no_grad():
+        f = equation.map(A.detach(), v.detach())
+        return equation.solver.solve(f, f.phi(f.v)).check().value
+
+
+def _outer(s: Tensor, x: Tensor, A: Tensor) -> Tensor:
+    """The gradient in A of <s, x A^T>, for one A or for one a group."""
+    if A.dim() == 2:
+        return s.mT @ x
+    grouped = (A.shape[0], -1, A.shape[-1])
+    return s.reshape(grouped).mT @ x.reshape(grouped)
+
+
+def _fold(info: Any, dims: tuple[int | None, ...], A: Tensor, *rows: Tensor) -> tuple[Tensor, ...]:
+    """Samples of all mapped instances as one batch, with an A a group where A is mapped too."""
+    size = info.batch_size
+    folded = []
+    for t, dim in zip(rows, dims[1:], strict=False):
+        t = t.movedim(dim, 0) if dim is not None else t.expand(size, *t.shape)
+        folded.append(t.reshape(-1, t.shape[-1]))
+    if dims[0] is not None or A.dim() == 3:
+        A = A.movedim(dims[0], 0) if dims[0] is not None else A.expand(size, *A.shape)
+        A = A.reshape(-1, *A.shape[-2:])
+    return A, *folded
+
+
+class _Solve(torch.autograd.Function):
+    """The solve alone, for transforms: a constant, of which `Attach` makes a function."""
+
+    @staticmethod
+    def forward(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
+        return _solve(A, v, equation)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        return None, None, None
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, A: Tensor, v: Tensor, equation: Equation) -> Any:
+        size = info.batch_size
+        x = _Solve.apply(*_fold(info, dims, A, v), equation)
+        return x.view(size, -1, x.shape[-1]), 0
+
+
+class Attach(torch.autograd.Function):
+    """x, with the derivatives of the solution of x = phi(A x + v).
+
+    s = P_d (A^T s + x_bar),  A_bar = s x^T,  v_bar = s;   x' = P_d (A x' + A' x + v').
+    All in differentiable operations of (A, v, x), x being the output itself: so every order.
+    """
+
+    @staticmethod
+    def forward(A: Tensor, v: Tensor, x: Tensor, equation: Equation) -> Tensor:
+        return x.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        A, v, _, ctx.equation = inputs
+        ctx.save_for_backward(A, v, output)
+        ctx.save_for_forward(A, v, output)
+
+    @staticmethod
+    def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
+        A, v, x = ctx.saved_tensors
+        d = ctx.equation.phi.derivative(AffineMap(A, v, ctx.equation.phi).affine(x))
+        s = _Linear.apply(A.mT, d, g, ctx.equation)
+        return _outer(s, x, A) if ctx.needs_input_grad[0] else None, s, None, None
+
+    @staticmethod
+    def jvp(ctx: Any, dA: Any, dv: Any, *_: Any) -> Tensor:  # type: ignore[override]
+        A, v, x = ctx.saved_tensors
+        d = ctx.equation.phi.derivative(AffineMap(A, v, ctx.equation.phi).affine(x))
+        c = torch.zeros_like(x) if dv is None else dv
+        if dA is not None:
+            c = AffineMap(dA, c, ctx.equation.phi).affine(x)
+        return _Linear.apply(A, d, c, ctx.equation)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, A: Tensor, v: Tensor, x: Tensor, equation: Equation) -> Any:
+        out = Attach.apply(*_fold(info, dims, A, v, x), equation)
+        return out.view(info.batch_size, -1, out.shape[-1]), 0
+
+
+class _Linear(torch.autograd.Function):
+    """(M, d, c) -> y = P_d (M y + c), the linearised equation or, with M = A^T, its adjoint."""
+
+    @staticmethod
+    def forward(M: Tensor, d: Tensor, c: Tensor, equation: Equation) -> Tensor:
+        return equation.linear(M, d.detach(), c.detach())
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        M, d, c, ctx.equation = inputs
+        ctx.save_for_backward(M, d, c, output)
+        ctx.save_for_forward(M, d, c, output)
+
+    @staticmethod
+    def backward(ctx: Any, h: Tensor) -> Any:  # type: ignore[override]
+        M, d, c, y = ctx.saved_tensors
+        phi = ctx.equation.phi
+        t = _Linear.apply(M.mT, d, h, ctx.equation)
+        d_bar = None
+        if ctx.needs_input_grad[1]:
+            q = AffineMap(M, c, phi).affine(y)
+            y_bar = AffineMap(M.mT, h, phi).affine(t)
+            if phi.entrywise:
+                d_bar = q * y_bar
+            else:
+                d_bar = torch.func.vjp(lambda d: phi.product(d, q), d)[1](y_bar)[0]
+        return _outer(t, y, M) if ctx.needs_input_grad[0] else None, d_bar, t, None
+
+    @staticmethod
+    def jvp(ctx: Any, dM: Any, dd: Any, dc: Any, *_: Any) -> Tensor:  # type: ignore[override]
+        M, d, c, y = ctx.saved_tensors
+        phi = ctx.equation.phi
+        shift = torch.zeros_like(y) if dc is None else dc
+        if dM is not None:
+            shift = AffineMap(dM, shift, phi).affine(y)
+        if dd is None:
+            return _Linear.apply(M, d, shift, ctx.equation)
+        q = AffineMap(M, c, phi).affine(y)
+        if phi.entrywise:
+            extra = q * dd
+        else:
+            extra = torch.func.jvp(lambda d: phi.product(d, q), (d,), (dd,))[1]
+        shift = AffineMap(M, shift, phi).affine(extra)
+        return extra + _Linear.apply(M, d, shift, ctx.equation)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, M: Tensor, d: Tensor, c: Tensor, equation: Equation) -> Any:
+        out = _Linear.apply(*_fold(info, dims, M, d, c), equation)
+        return out.view(info.batch_size, -1, out.shape[-1]), 0
+
+
+# Registered operators: one node in a compiled or exported graph.
+
+
+@torch.library.custom_op("implicitdl::equilibrium", mutates_args=())
+def _equilibrium_op(A: Tensor, v: Tensor, spec: str) -> Tensor:
+    return _solve(A, v, _equation(spec))
+
+
+@torch.library.custom_op("implicitdl::adjoint", mutates_args=())
+def _adjoint_op(A: Tensor, v: Tensor, x: Tensor, g: Tensor, spec: str) -> Tensor:
+    equation = _equation(spec)
+    return equation.linear(A.mT, equation.phi.derivative(equation.map(A, v).affine(x)), g)
+
+
+@_equilibrium_op.register_fake
+def _(A: Tensor, v: Tensor, spec: str) -> Tensor:
+    return torch.empty_like(v)
+
+
+@_adjoint_op.register_fake
+def _(A: Tensor, v: Tensor, x: Tensor, g: Tensor, spec: str) -> Tensor:
+    return torch.empty_like(v)
+
+
+def _op_setup(ctx: Any, inputs: Any, output: Tensor) -> None:
+    A, v, ctx.spec = inputs
+    ctx.save_for_backward(A, v, output)
+
+
+def _op_backward(ctx: Any, g: Tensor) -> Any:
+    A, v, x = ctx.saved_tensors
+    s = torch.ops.implicitdl.adjoint(A, v, x, g, ctx.spec)
+    return s.mT @ x, s, None
+
+
+_equilibrium_op.register_autograd(_op_backward, setup_context=_op_setup)

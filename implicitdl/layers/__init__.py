@@ -1,0 +1,11 @@
+"""Implicit models as `torch.nn` layers. They own parameters and delegate.
+
+Every layer takes `(*, features)` as `nn.Linear` does, raises ConvergenceError where a sample fails,
+and has `solve(u)` for the state with its residual, steps and error bound.
+"""
+
+from .affine import ImplicitLayer, MonotoneLayer
+from .equilibrium import EquilibriumLayer
+from .rnn import ImplicitRNN
+
+__all__ = ["EquilibriumLayer", "ImplicitLayer", "ImplicitRNN", "MonotoneLayer"]

@@ -1,0 +1,386 @@
+"""Layers of the form x = phi(A x + B u + b), y = C x + D u + d."""
+
+import contextlib
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from .. import wellposed
+from ..activations import Activation, get_activation
+from ..implicit import Adjoint, Equation, Implicit, equilibrium, fixed_point, get_adjoint
+from ..model import ImplicitModel, check_input, solve_state
+from ..solution import Solution
+from ..solvers import FixedPointSolver, get_solver
+from ..wellposed import WellPosedSet, get_well_posed
+
+
+class _AffineLayer(nn.Module):
+    """What layers of the form x = phi(A x + B u + b), y = C x + D u + d share.
+
+    A subclass keeps its own parameters for A and offers the property `A`.
+    """
+
+    in_features: int
+    out_features: int
+    state_features: int
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        state_features: int,
+        *,
+        activation: "str | Activation",
+        bias: bool,
+        direct: bool,
+        solver: "str | FixedPointSolver",
+        adjoint: "str | Adjoint",
+        dtype: torch.dtype | None,
+        device: "str | torch.device | None",
+    ):
+        super().__init__()
+        sizes = {
+            "in_features": in_features,
+            "out_features": out_features,
+            "state_features": state_features,
+        }
+        for name, size in sizes.items():
+            if not isinstance(size, int) or size < 1:
+                raise ValueError(f"{name}: got {size!r}, expected an integer >= 1.")
+            setattr(self, name, size)
+        self.activation = get_activation(activation)
+        self.adjoint = get_adjoint(adjoint)
+        self.solver = get_solver(solver)
+        n, p, q = state_features, in_features, out_features
+        kind: dict[str, Any] = {"dtype": dtype, "device": device}
+        self.B = nn.Parameter(torch.empty(n, p, **kind))
+        self.C = nn.Parameter(torch.empty(q, n, **kind))
+        self.D = nn.Parameter(torch.empty(q, p, **kind)) if direct else None
+        self.b = nn.Parameter(torch.empty(n, **kind)) if bias else None
+        self.d = nn.Parameter(torch.empty(q, **kind)) if bias else None
+
+    @property
+    def A(self) -> Tensor:
+        """The weight that the layer computes with."""
+        raise NotImplementedError
+
+    def _prepare(self, **facts: Any) -> None:
+        """Freeze what does not change from call to call: activation, facts, solvers."""
+        own = self.adjoint.solver if isinstance(self.adjoint, Implicit) else None
+        equation = Equation(
+            self.activation, **facts, solver=self.solver, adjoint_solver=own or self.solver
+        )
+        # An activation of the user's may have fields that JSON cannot hold: it is not compiled.
+        with contextlib.suppress(TypeError):
+            equation = equation.with_spec()
+        self.equation = equation
+
+    def reset_parameters(self) -> None:
+        """Initialise B, C, D, b, d.
+
+        B as He for ReLU (variance 2/p): the states then have the size of the inputs before A adds
+        anything. C by variance 1/n and D by 1/(4 p), so that at first the output comes through the
+        states, and gradients reach A and B. Biases start at zero.
+        """
+        n, p = self.state_features, self.in_features
+        with torch.no_grad():
+            self.B.normal_(0.0, math.sqrt(2 / p))
+            self.C.normal_(0.0, math.sqrt(1 / n))
+            if self.D is not None:
+                self.D.normal_(0.0, 0.5 * math.sqrt(1 / p))
+            if self.b is not None:
+                self.b.zero_()
+                self.d.zero_()
+
+    def forward(self, u: Tensor) -> Tensor:
+        """y = C x + D u + d at the equilibrium x = phi(A x + B u + b).
+
+        Args:
+            u: inputs.  # (*, in_features)
+
+        Returns:
+            outputs.  # (*, out_features)
+
+        Raises:
+            ConvergenceError: a sample did not converge; the message names it.
+            ValueError: u has another width, dtype or device than the layer.
+        """
+        u = self._accept(u)
+        return self.readout(self.state(u), u)
+
+    def _accept(self, u: Tensor) -> Tensor:
+        """u, checked; under autocast, in the dtype of the weights."""
+        if isinstance(u, Tensor) and torch.is_autocast_enabled(u.device.type):
+            u = u.to(self.B.dtype)
+        check_input(u, self.in_features, self.B, "u")
+        return u
+
+    def state(self, u: Tensor, A: Tensor | None = None) -> Tensor:
+        """The equilibrium alone, in at least float32.  # (*, in_features) -> (*, n)"""
+        with torch.autocast(u.device.type, enabled=False):
+            A, v = self._equation_at(u, A)
+            rows = v.reshape(-1, v.shape[-1])
+            if isinstance(self.adjoint, Implicit):
+                x = equilibrium(A, rows, self.equation)
+            else:
+                x = fixed_point(
+                    self.equation.map(A, rows), solver=self.solver, adjoint=self.adjoint
+                ).value
+            return x.reshape(v.shape)
+
+    def _equation_at(self, u: Tensor, A: Tensor | None) -> tuple[Tensor, Tensor]:
+        """A and v = B u + b in the dtype of the solve."""
+        A = self.A if A is None else A
+        work = torch.promote_types(A.dtype, torch.float32)
+        b = None if self.b is None else self.b.to(work)
+        return A.to(work), functional.linear(u.to(work), self.B.to(work), b)
+
+    def readout(self, x: Tensor, u: Tensor) -> Tensor:
+        """y = C x + D u + d.  # (*, n), (*, p) -> (*, q)"""
+        y = functional.linear(x.to(self.C.dtype), self.C, self.d)
+        return y if self.D is None else y + functional.linear(u, self.D)
+
+    def solve(
+        self,
+        u: Tensor,
+        *,
+        x0: Tensor | None = None,
+        on_failure: str = "raise",
+        record: bool = False,
+    ) -> Solution:
+        """The state with all that is known of it: `layer.readout(solution.value, u)` is forward.
+
+        Args:
+            u: inputs.  # (*, in_features)
+            x0: a state to start from, say that of a nearby input.  # (*, n)
+            on_failure: `"raise"`, `"warn"` or `"return"`.
+            record: keep the iterates in `stats["trajectory"]`.
+
+        Returns:
+            Solution whose `value` is the state, differentiable, and whose `error_bound` bounds its
+            distance to the exact equilibrium in the norm of `certificate(refute=False)`.
+        """
+        u = self._accept(u)
+        with torch.autocast(u.device.type, enabled=False):
+            A, v = self._equation_at(u, None)
+            bound = None
+            if not torch._C._are_functorch_transforms_active():
+                proof = wellposed.certificate(A.detach(), self.activation, refute=False)
+                bound = proof.error_bound if proof.constant is not None else None
+            return solve_state(
+                A, v, self.equation, x0, self.solver, self.adjoint, on_failure, record, bound
+            )
+
+    def certificate(self, **options: Any) -> "wellposed.Certificate":
+        """What can be proved of the layer as it is now: see `wellposed.certificate`."""
+        return wellposed.certificate(self.A.detach(), self.activation, **options)
+
+    def model(self) -> ImplicitModel:
+        """The layer as an ImplicitModel, its tensors still connected to the parameters."""
+        return ImplicitModel(self.A, self.B, self.C, self.D, self.b, self.d, self.activation)
+
+    def extra_repr(self) -> str:
+        """The sizes, as in the constructor."""
+        return (
+            f"in_features={self.in_features}, out_features={self.out_features}, "
+            f"state_features={self.state_features}, activation={self.activation}, "
+            f"bias={self.b is not None}, direct={self.D is not None}, solver={self.solver.name}"
+        )
+
+    def _load_from_state_dict(
+        self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
+        missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
+    ) -> None:  # fmt: skip
+        """As in nn.Module, but all or nothing: a shape that differs leaves the layer as it was."""
+        own = {prefix + name: p for name, p in self._parameters.items() if p is not None}
+        wrong = [
+            f"{key}: got shape {tuple(state_dict[key].shape)}, expected {tuple(p.shape)}"
+            for key, p in own.items()
+            if key in state_dict and state_dict[key].shape != p.shape
+        ]
+        lacking = [key for key in own if strict and key not in state_dict]
+        if wrong or lacking:
+            missing_keys.extend(lacking)
+            error_msgs.extend(wrong)
+            return
+        super()._load_from_state_dict(
+            state_dict, prefix, local_metadata, strict, missing_keys, unexpected_keys, error_msgs
+        )
+
+
+class ImplicitLayer(_AffineLayer):
+    """y = C x + D u + d at x = phi(A x + B u + b), A kept where the equation is well-posed.
+
+    A is `well_posed(W)`, differentiated through, with W a free parameter, so any optimiser may be
+    used. W starts with entries uniform in +-kappa/n: rows of A then have half the length they may
+    have, the first solves take a handful of steps, and no row starts on the boundary.
+
+    Args:
+        in_features: width p of the input.
+        out_features: width q of the output.
+        state_features: number n of states.
+        activation: a name, an `Activation`, or `Blocks` of them.
+        well_posed: a `WellPosedSet`, or its name: `"inf-norm"`, `"perron-frobenius"`,
+            `"matrix-measure"`, `"monotone"`, `"strictly-upper"`; None leaves A free, and a solve
+            that fails then raises.
+        bias: whether b and d are there.
+        direct: whether D is there.
+        low_rank: r < n for W = L R^T, which scales 2 n r numbers; only for sets that scale rows
+            or the whole (`"inf-norm"`, `"perron-frobenius"`), so that A keeps its rank.
+        solver: `"auto"`, another name or a solver; its tolerances decide the accuracy.
+        adjoint: `"implicit"` (exact), or another `Adjoint`.
+        dtype, device: of the parameters.
+
+    Example:
+        >>> import torch, implicitdl
+        >>> layer = implicitdl.ImplicitLayer(4, 2, state_features=8)
+        >>> layer(torch.randn(3, 4)).shape
+        torch.Size([3, 2])
+
+    Reference:
+        El Ghaoui, Gu, Travacca, Askari, Tsai (2021), equations 1 and 2.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        state_features: int,
+        *,
+        activation: "str | Activation" = "relu",
+        well_posed: "str | WellPosedSet | None" = "inf-norm",
+        bias: bool = True,
+        direct: bool = True,
+        low_rank: int | None = None,
+        solver: "str | FixedPointSolver" = "auto",
+        adjoint: "str | Adjoint" = "implicit",
+        dtype: torch.dtype | None = None,
+        device: "str | torch.device | None" = None,
+    ):
+        super().__init__(
+            in_features, out_features, state_features, activation=activation, bias=bias,
+            direct=direct, solver=solver, adjoint=adjoint, dtype=dtype, device=device,
+        )  # fmt: skip
+        n = state_features
+        self.well_posed = None if well_posed is None else get_well_posed(well_posed)
+        facts: dict[str, Any] = {}
+        if self.well_posed is not None:
+            self.well_posed.check(self.activation)
+            declared = self.well_posed.facts(self.activation)
+            facts = {
+                "contraction": declared["contraction"],
+                "monotone": declared["strongly_monotone"],
+                "acyclic": declared["acyclic"],
+            }
+        if low_rank is not None:
+            if not (isinstance(low_rank, int) and 1 <= low_rank < n):
+                raise ValueError(f"low_rank: got {low_rank!r}, expected an integer in 1..{n - 1}.")
+            if not isinstance(
+                self.well_posed, wellposed.InfNormBall | wellposed.PerronFrobenius | None
+            ):
+                raise ValueError(
+                    f"low_rank: {self.well_posed} does not keep the rank of W; use 'inf-norm', "
+                    "'perron-frobenius' or well_posed=None."
+                )
+        self.low_rank = low_rank
+        kind: dict[str, Any] = {"dtype": dtype, "device": device}
+        if low_rank is None:
+            self.W = nn.Parameter(torch.empty(n, n, **kind))
+        else:
+            self.L = nn.Parameter(torch.empty(n, low_rank, **kind))
+            self.R = nn.Parameter(torch.empty(n, low_rank, **kind))
+        self._prepare(**facts)
+        self.reset_parameters()
+
+    @property
+    def A(self) -> Tensor:
+        """well_posed(W), with its gradient.  # (n, n)"""
+        W = self.W if self.low_rank is None else self.L @ self.R.mT
+        return W if self.well_posed is None else self.well_posed(W)
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters, W small."""
+        super().reset_parameters()
+        n = self.state_features
+        kappa = float(getattr(self.well_posed, "kappa", 0.9))
+        with torch.no_grad():
+            if self.low_rank is None:
+                self.W.uniform_(-kappa / n, kappa / n)
+            else:
+                # Entries of L R^T then have the deviation that the uniform entries would have.
+                scale = math.sqrt(kappa / n / math.sqrt(3 * self.low_rank))
+                self.L.normal_(0.0, scale)
+                self.R.normal_(0.0, scale)
+
+    def extra_repr(self) -> str:
+        """The sizes, as in the constructor."""
+        rank = "" if self.low_rank is None else f", low_rank={self.low_rank}"
+        return super().extra_repr() + rank
+
+
+class MonotoneLayer(_AffineLayer):
+    """y = C x + D u + d at x = phi(A x + B u + b) with A = (1 - m) I - P^T P + S - S^T.
+
+    I - A is strongly monotone with constant m whatever P and S are, so that every input has
+    exactly one equilibrium, without any bound on the size of A.
+
+    Args:
+        in_features, out_features, state_features, activation, bias, direct, solver, adjoint,
+            dtype, device: as in `ImplicitLayer`; the slopes of the activation must be >= 0 and
+            (1 - margin) times the largest below 1.
+        margin: m in (0, 1).
+
+    Reference:
+        Winston, Kolter (2020), proposition 1 and theorem 1.
+    """
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        state_features: int,
+        *,
+        margin: float = 0.1,
+        activation: "str | Activation" = "relu",
+        bias: bool = True,
+        direct: bool = True,
+        solver: "str | FixedPointSolver" = "auto",
+        adjoint: "str | Adjoint" = "implicit",
+        dtype: torch.dtype | None = None,
+        device: "str | torch.device | None" = None,
+    ):
+        super().__init__(
+            in_features, out_features, state_features, activation=activation, bias=bias,
+            direct=direct, solver=solver, adjoint=adjoint, dtype=dtype, device=device,
+        )  # fmt: skip
+        self.well_posed = wellposed.Monotone(margin)
+        self.well_posed.check(self.activation)
+        self.margin = margin
+        n = state_features
+        self.P = nn.Parameter(torch.empty(n, n, dtype=dtype, device=device))
+        self.S = nn.Parameter(torch.empty(n, n, dtype=dtype, device=device))
+        declared = self.well_posed.facts(self.activation)
+        self._prepare(monotone=declared["strongly_monotone"])
+        self.reset_parameters()
+
+    @property
+    def A(self) -> Tensor:
+        """(1 - m) I - P^T P + S - S^T.  # (n, n)"""
+        eye = torch.eye(self.state_features, dtype=self.P.dtype, device=self.P.device)
+        return (1 - self.margin) * eye - self.P.mT @ self.P + self.S - self.S.mT
+
+    def reset_parameters(self) -> None:
+        """Initialise all parameters: P with variance 1/n, so that A starts near -m I on average and
+        ||A|| is of the order of 1 at every width; S with a quarter of it."""
+        super().reset_parameters()
+        n = self.state_features
+        with torch.no_grad():
+            self.P.normal_(0.0, math.sqrt(1 / n))
+            self.S.normal_(0.0, 0.5 * math.sqrt(1 / n))
+
+    def extra_repr(self) -> str:
+        """The sizes, as in the constructor."""
+        return f"{super().extra_repr()}, margin={self.margin}"

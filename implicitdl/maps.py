@@ -1,0 +1,272 @@
+"""Maps z -> f(z) whose rows are independent samples, and what a solver may ask of them.
+
+A solver is given rows z  # (m, n)  and asks a map for three things:
+
+    f(z, out=None)          the values                                    # (m, n)
+    f.linearize(z)          J = df/dz at z, row by row: `jvp`, `vjp`, `dense`
+    f.select(index)         the same map for some of the rows, or None where that cannot be had
+
+`AffineMap` is the one with structure, x = phi(A x + v): linearising it costs nothing, its adjoint
+is another AffineMap, and it carries the facts that solvers choose by.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from .activations import Activation
+
+
+class Linearization(Protocol):
+    """J = df/dz at one point, applied row by row, never formed unless `dense` is asked for."""
+
+    def jvp(self, w: Tensor) -> Tensor:
+        """J w for every row.  # (m, n) -> (m, n)"""
+
+    def vjp(self, w: Tensor) -> Tensor:
+        """J^T w for every row.  # (m, n) -> (m, n)"""
+
+    def dense(self) -> Tensor:
+        """J itself.  # (m, n, n)"""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scaled(Activation):
+    """The linear activation w -> P_d w, the Jacobian of `phi` at a point where it is d.
+
+    It turns a linearised equilibrium back into an equilibrium, w = P_d (A w + c), so that the
+    adjoint and the tangent of a solve are solved by the same code as the solve itself. `d` has one
+    row a sample, so it belongs to the rows it was made from.
+    """
+
+    phi: Activation
+    d: Tensor  # (m, n)
+
+    @property
+    def slope(self) -> tuple[float, float]:  # type: ignore[override]
+        """The range of `phi` itself: d was drawn from it."""
+        return self.phi.slope
+
+    @property
+    def entrywise(self) -> bool:  # type: ignore[override]
+        """Whether P_d is diagonal."""
+        return self.phi.entrywise
+
+    homogeneous = True
+
+    def __call__(self, z: Tensor) -> Tensor:
+        return self.phi.product(self.d, z)
+
+    def call_(self, z: Tensor) -> Tensor:
+        """P_d z, in place where P_d is diagonal."""
+        return z.mul_(self.d) if self.entrywise else z.copy_(self.phi.product(self.d, z))
+
+    def derivative(self, z: Tensor) -> Tensor:
+        """d, wherever: the map is linear."""
+        return self.d
+
+    def product(self, d: Tensor, w: Tensor) -> Tensor:
+        """P_d w."""
+        return self.phi.product(d, w)
+
+    def prox(self, v: Tensor, t: float | Tensor = 1.0) -> Tensor:
+        """argmin_x t (x^2/d - x^2)/2 + (x - v)^2/2 = v d / (d + t (1 - d)), for d in [0, 1]."""
+        return v * (self.d / (self.d + t * (1 - self.d)))
+
+    def rows(self, index: Tensor) -> "Scaled":
+        """The same for some of the samples."""
+        return replace(self, d=self.d[index])
+
+
+@dataclass(frozen=True, eq=False)
+class AffineMap:
+    """f(z) = phi(z A^T + v), one sample a row: the implicit model with its input folded into v.
+
+    Attributes:
+        A: the weight, one for all samples  # (n, n), or one for each of k groups of consecutive
+            samples  # (k, n, n) with m a multiple of k.
+        v: B u + b.  # (m, n)
+        phi: the activation.
+        contraction: a certified factor of f in some norm, if there is one.
+        monotone: a certified m > 0 with (A + A^T)/2 <= (1 - m) I, if there is one.
+        acyclic: A is strictly triangular up to a permutation, so that n steps are exact.
+    """
+
+    A: Tensor
+    v: Tensor
+    phi: Activation
+    contraction: float | None = None
+    monotone: float | None = None
+    acyclic: bool = False
+
+    def affine(self, z: Tensor, out: Tensor | None = None) -> Tensor:
+        """z A^T + v.  # (m, n) -> (m, n)"""
+        if self.A.dim() == 2:
+            return torch.addmm(self.v, z, self.A.mT, out=out)
+        grouped = (self.A.shape[0], -1, self.A.shape[-1])
+        result = torch.baddbmm(self.v.view(grouped), z.view(grouped), self.A.mT).view_as(z)
+        return result if out is None else out.copy_(result)
+
+    def __call__(self, z: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.phi.call_(self.affine(z, out))
+
+    def linearize(self, z: Tensor) -> "LinearizedAffine":
+        """J = P_d A with d = phi'(z A^T + v)."""
+        return LinearizedAffine(self.A, self.phi, self.phi.derivative(self.affine(z)))
+
+    def select(self, index: Tensor) -> "AffineMap | None":
+        """The map of some of the samples; None where A differs between samples."""
+        if self.A.dim() != 2:
+            return None
+        phi = self.phi.rows(index) if isinstance(self.phi, Scaled) else self.phi
+        return replace(self, v=self.v[index], phi=phi)
+
+    def transposed(self, d: Tensor, g: Tensor) -> "AffineMap":
+        """The adjoint equation s = P_d (A^T s + g) at derivative d, for the cotangent g.
+
+        |P_d A^T| has the Perron root of |A P_d|, at most that of |A| times the slope bound, and
+        the symmetric part of A^T is that of A: the facts that make a solve succeed carry over,
+        the contraction factor in a dual norm.
+        """
+        return replace(self, A=self.A.mT, v=g, phi=Scaled(phi=self.phi, d=d))
+
+
+@dataclass(frozen=True, eq=False)
+class LinearizedAffine:
+    """J = P_d A."""
+
+    A: Tensor
+    phi: Activation
+    d: Tensor
+
+    def _times(self, w: Tensor, A: Tensor) -> Tensor:
+        if A.dim() == 2:
+            return w @ A
+        return (w.view(A.shape[0], -1, A.shape[-1]) @ A).view_as(w)
+
+    def jvp(self, w: Tensor) -> Tensor:
+        """P_d A w."""
+        return self.phi.product(self.d, self._times(w, self.A.mT))
+
+    def vjp(self, w: Tensor) -> Tensor:
+        """A^T P_d w."""
+        return self._times(self.phi.product(self.d, w), self.A)
+
+    def dense(self) -> Tensor:
+        """P_d A, a matrix a sample.  # (m, n, n)"""
+        m, n = self.d.shape
+        A = (
+            self.A.expand(m, n, n)
+            if self.A.dim() == 2
+            else (self.A.repeat_interleave(m // self.A.shape[0], dim=0))
+        )
+        if self.phi.entrywise:
+            return self.d[..., None] * A
+        return self.phi.product(self.d[:, None], A.mT).mT
+
+
+@dataclass(frozen=True, eq=False)
+class RowMap:
+    """Any callable (batch, *) -> (batch, *) with independent rows, seen as rows of one length."""
+
+    f: Callable[[Tensor], Tensor]
+    shape: torch.Size
+    contraction: float | None = None
+    monotone: None = None
+    acyclic: bool = False
+
+    @staticmethod
+    def of(f: "Callable[[Tensor], Tensor] | RowMap", shape: torch.Size, *facts: Any) -> "RowMap":
+        """f as rows, unless it is that already."""
+        return f if isinstance(f, RowMap) else RowMap(f, shape, *facts)
+
+    def __call__(self, z: Tensor, out: Tensor | None = None) -> Tensor:
+        # Rows or the caller's own shape: the solvers use one, the chord steps the other.
+        return self.f(z.reshape(self.shape)).reshape(z.shape)
+
+    def linearize(self, z: Tensor) -> "LinearizedRows":
+        """J by automatic differentiation."""
+        return LinearizedRows(self, z)
+
+    def select(self, index: Tensor) -> None:
+        """A closure is bound to its batch: it has no smaller one."""
+        return
+
+
+class LinearizedRows:
+    """J of a callable at a constant z: a recorded graph, used as often as asked for."""
+
+    def __init__(self, f: RowMap, z: Tensor):
+        with torch.enable_grad():
+            self.z = z.detach().requires_grad_()
+            self.value = f(self.z)
+        self._jvp: tuple[Tensor, Tensor] | None = None
+
+    def vjp(self, w: Tensor) -> Tensor:
+        """J^T w."""
+        (out,) = torch.autograd.grad(
+            self.value, self.z, w, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return out
+
+    def jvp(self, w: Tensor) -> Tensor:
+        """J w: the vjp of the vjp, which is linear in its cotangent; its graph is kept."""
+        if self._jvp is None:
+            with torch.enable_grad():
+                cotangent = torch.zeros_like(self.value).requires_grad_()
+                (product,) = torch.autograd.grad(
+                    self.value, self.z, cotangent, create_graph=True, allow_unused=True,
+                    materialize_grads=True,
+                )  # fmt: skip
+            self._jvp = cotangent, product
+        cotangent, product = self._jvp
+        if not product.requires_grad:  # f does not depend on z at all
+            return torch.zeros_like(w)
+        (out,) = torch.autograd.grad(
+            product, cotangent, w, retain_graph=True, allow_unused=True, materialize_grads=True
+        )
+        return out
+
+    def dense(self) -> Tensor:
+        """J, column by column.  # (m, n, n)"""
+        eye = torch.eye(self.z.shape[1], dtype=self.z.dtype, device=self.z.device)
+        return torch.stack([self.jvp(e.expand_as(self.z)) for e in eye], dim=-1)
+
+
+@dataclass(frozen=True, eq=False)
+class LinearRows:
+    """u -> op(u) + b, rows independent, with the transposed operator known: an adjoint equation."""
+
+    op: Callable[[Tensor], Tensor]
+    transposed_op: Callable[[Tensor], Tensor]
+    b: Tensor
+    contraction: float | None = None
+    monotone: None = None
+    acyclic: bool = False
+
+    def __call__(self, z: Tensor, out: Tensor | None = None) -> Tensor:
+        return self.op(z) + self.b
+
+    def linearize(self, z: Tensor) -> "LinearRows":
+        """The operator itself, everywhere."""
+        return self
+
+    def jvp(self, w: Tensor) -> Tensor:
+        """op(w)."""
+        return self.op(w)
+
+    def vjp(self, w: Tensor) -> Tensor:
+        """op^T(w)."""
+        return self.transposed_op(w)
+
+    def dense(self) -> Tensor:
+        """The matrix, column by column.  # (m, n, n)"""
+        eye = torch.eye(self.b.shape[1], dtype=self.b.dtype, device=self.b.device)
+        return torch.stack([self.op(e.expand_as(self.b).contiguous()) for e in eye], dim=-1)
+
+    def select(self, index: Tensor) -> None:
+        """The operator is bound to its batch."""
+        return

@@ -1,0 +1,456 @@
+"""The algebra of implicit models: x = phi(A x + B u + b),  y = C x + D u + d.
+
+Reference: El Ghaoui, Gu, Travacca, Askari, Tsai (2021), section 3 and appendix on composition.
+"""
+
+import json
+import os
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from . import activations, wellposed
+from .activations import Activation, Blocks
+from .implicit import Adjoint as AdjointType
+from .implicit import Equation, get_adjoint
+from .maps import AffineMap
+from .solution import Solution, check_on_failure
+from .solvers import FixedPointSolver, get_solver
+
+_FORMAT = "implicitdl.ImplicitModel"
+_VERSION = 1
+_NAMES = ("A", "B", "C", "D", "b", "d")
+
+
+@dataclass(frozen=True, eq=False)
+class ImplicitModel:
+    """x = phi(A x + B u + b), y = C x + D u + d: one equation and one affine map.
+
+    Immutable. Operators assemble new models from the blocks of old ones, so gradients flow back to
+    the tensors that a model was made of:
+
+        g @ f           cascade, u -> f -> g
+        f + g           the outputs of both, added
+        stack(f, g)     the outputs of both, one after the other
+        f.feedback(K)   the loop u = v + K y closed
+
+    Args:
+        A: state to state.  # (n, n)
+        B: input to state.  # (n, p)
+        C: state to output.  # (q, n)
+        D: input to output; zeros by default.  # (q, p)
+        b, d: biases; zeros by default.  # (n,), (q,)
+        phi: an activation, `Blocks` of them, or a name.
+
+    Raises:
+        ValueError: shapes, dtypes or devices do not fit together.
+
+    Example:
+        >>> import torch
+        >>> from implicitdl import ImplicitModel
+        >>> f = ImplicitModel(torch.tensor([[0.5]]), torch.eye(1), torch.eye(1))
+        >>> f(torch.tensor([[1.0], [-1.0]]))
+        tensor([[2.],
+                [0.]])
+    """
+
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None = None
+    b: Tensor | None = None
+    d: Tensor | None = None
+    phi: Any = "relu"  # Activation | str; `Blocks` once the model is made
+
+    def __post_init__(self) -> None:
+        for name in "ABC":
+            t = getattr(self, name)
+            if not isinstance(t, Tensor) or t.dim() != 2:
+                got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
+                raise ValueError(f"ImplicitModel: {name} is {got}, expected a matrix.")
+        n, p, q = self.A.shape[0], self.B.shape[1], self.C.shape[0]
+        shapes = {"A": (n, n), "B": (n, p), "C": (q, n), "D": (q, p), "b": (n,), "d": (q,)}
+        for name, shape in shapes.items():
+            t = getattr(self, name)
+            if t is None:
+                t = self.A.new_zeros(shape)
+                object.__setattr__(self, name, t)
+            if tuple(t.shape) != shape:
+                raise ValueError(
+                    f"ImplicitModel: {name} has shape {tuple(t.shape)}, expected {shape} "
+                    f"(n={n} states from A, p={p} inputs from B, q={q} outputs from C)."
+                )
+            if t.dtype != self.A.dtype or t.device != self.A.device:
+                raise ValueError(
+                    f"ImplicitModel: {name} is {t.dtype} on {t.device}, expected {self.A.dtype} "
+                    f"on {self.A.device} as A."
+                )
+        if not self.A.is_floating_point():
+            raise ValueError(f"ImplicitModel: A is {self.A.dtype}, expected a floating dtype.")
+        phi = activations.get_activation(self.phi)
+        if not isinstance(phi, Blocks):
+            phi = Blocks.of(phi, n)
+        if sum(size for _, size in phi.parts) != n:
+            raise ValueError(
+                f"ImplicitModel: phi is for {sum(size for _, size in phi.parts)} states, expected "
+                f"{n} as A has rows."
+            )
+        object.__setattr__(self, "phi", phi)
+
+    @property
+    def states(self) -> int:
+        """n, the number of states."""
+        return self.A.shape[0]
+
+    @property
+    def inputs(self) -> int:
+        """p, the number of inputs."""
+        return self.B.shape[1]
+
+    @property
+    def outputs(self) -> int:
+        """q, the number of outputs."""
+        return self.C.shape[0]
+
+    @property
+    def activation(self) -> Activation:
+        """phi, unwrapped where it is one activation for all states."""
+        parts = self.phi.parts
+        return parts[0][0] if len(parts) == 1 else self.phi
+
+    def __repr__(self) -> str:
+        return (
+            f"ImplicitModel(states={self.states}, inputs={self.inputs}, outputs={self.outputs}, "
+            f"phi={self.activation}, {str(self.A.dtype).removeprefix('torch.')})"
+        )
+
+    # ---- what it computes ------------------------------------------------------------------------
+
+    def solve(
+        self,
+        u: Tensor,
+        *,
+        x0: Tensor | None = None,
+        solver: "str | FixedPointSolver" = "auto",
+        adjoint: "str | AdjointType" = "implicit",
+        on_failure: str = "raise",
+        record: bool = False,
+    ) -> Solution:
+        """The state x = phi(A x + B u + b).
+
+        Args:
+            u: inputs.  # (*batch, p)
+            x0: a state to start from.  # (*batch, n)
+            solver, adjoint, on_failure, record: as in `implicitdl.fixed_point`.
+
+        Returns:
+            Solution; `value` is the state  # (*batch, n), differentiable in A, B, b and u.
+        """
+        check_input(u, self.inputs, self.A, "u")
+        v = functional.linear(u, self.B, self.b)
+        equation = Equation(self.activation, **self._facts())
+        return solve_state(self.A, v, equation, x0, solver, adjoint, on_failure, record)
+
+    def __call__(self, u: Tensor, **options: Any) -> Tensor:
+        """y = C x + D u + d.  # (*batch, p) -> (*batch, q)"""
+        x = self.solve(u, **options).value
+        return functional.linear(x, self.C, self.d) + functional.linear(u, self.D)
+
+    def certificate(self, **options: Any) -> "wellposed.Certificate":
+        """What can be proved of x = phi(A x + b): see `implicitdl.wellposed.certificate`."""
+        return wellposed.certificate(self.A, self.phi, **options)
+
+    def _facts(self) -> dict[str, Any]:
+        """What the solver may rely on, from the cheap conditions alone."""
+        A = self.A.detach()
+        if torch._C._are_functorch_transforms_active():  # values cannot be looked at
+            return {}
+        acyclic = self.phi.entrywise and not bool(torch.tril(A).any())
+        norm = float(A.abs().sum(1).amax()) if self.states else 0.0
+        kappa = norm * self.phi.lipschitz
+        return {
+            "contraction": kappa if self.phi.entrywise and kappa < 1 else None,
+            "acyclic": acyclic,
+        }
+
+    # ---- the algebra -----------------------------------------------------------------------------
+
+    def __matmul__(self, f: "ImplicitModel") -> "ImplicitModel":
+        """The cascade u -> f -> self; its states are those of self, then those of f."""
+        if not isinstance(f, ImplicitModel):
+            return NotImplemented
+        g = self
+        if g.inputs != f.outputs:
+            raise ValueError(
+                f"g @ f: f has {f.outputs} outputs, g takes {g.inputs} inputs; they must be equal."
+            )
+        zero = f.A.new_zeros(f.states, g.states)
+        return ImplicitModel(
+            A=torch.cat([torch.cat([g.A, g.B @ f.C], 1), torch.cat([zero, f.A], 1)]),
+            B=torch.cat([g.B @ f.D, f.B]),
+            C=torch.cat([g.C, g.D @ f.C], 1),
+            D=g.D @ f.D,
+            b=torch.cat([g.b + g.B @ f.d, f.b]),
+            d=g.d + g.D @ f.d,
+            phi=Blocks(parts=g.phi.parts + f.phi.parts),
+        )
+
+    def __add__(self, g: "ImplicitModel") -> "ImplicitModel":
+        """y_f + y_g for the same input."""
+        if not isinstance(g, ImplicitModel):
+            return NotImplemented
+        f = self
+        if (f.inputs, f.outputs) != (g.inputs, g.outputs):
+            raise ValueError(
+                f"f + g: f maps {f.inputs} -> {f.outputs}, g maps {g.inputs} -> {g.outputs}; "
+                "inputs and outputs must agree."
+            )
+        return ImplicitModel(
+            A=torch.block_diag(f.A, g.A),
+            B=torch.cat([f.B, g.B]),
+            C=torch.cat([f.C, g.C], 1),
+            D=f.D + g.D,
+            b=torch.cat([f.b, g.b]),
+            d=f.d + g.d,
+            phi=Blocks(parts=f.phi.parts + g.phi.parts),
+        )
+
+    def feedback(self, K: Tensor) -> "ImplicitModel":
+        """The loop u = v + K y closed: the model from v to y.
+
+        With M = (I - D K)^-1 the outputs are y = M (C x + D v + d), so A' = A + B K M C and so on.
+        Whether the new A is well-posed is for `certificate()` to say.
+
+        Args:
+            K: output to input.  # (p, q)
+
+        Raises:
+            ValueError: K has another shape, or I - D K is singular.
+        """
+        if tuple(K.shape) != (self.inputs, self.outputs):
+            raise ValueError(
+                f"feedback: K has shape {tuple(K.shape)}, expected {(self.inputs, self.outputs)}."
+            )
+        eye = torch.eye(self.outputs, dtype=K.dtype, device=K.device)
+        M, info = torch.linalg.inv_ex(eye - self.D @ K)
+        if bool(info) or not bool(torch.isfinite(M).all()):
+            raise ValueError(
+                "feedback: I - D K is singular, the outputs are not determined. Change K or D."
+            )
+        BKM = self.B @ K @ M
+        return replace(
+            self,
+            A=self.A + BKM @ self.C,
+            B=self.B + BKM @ self.D,
+            C=M @ self.C,
+            D=M @ self.D,
+            b=self.b + BKM @ self.d,
+            d=M @ self.d,
+        )
+
+    def rescale(self, kappa: float | None = None) -> "ImplicitModel":
+        """The same input-output map with ||A||_inf <= kappa < 1, x' = S x.
+
+        Args:
+            kappa: bound to reach; None for halfway between the Perron root of |A| and 1.
+
+        Raises:
+            NotWellPosedError: the Perron root of |A| is not below kappa.
+            ValueError: phi is not positively homogeneous, so that S does not pass through it.
+        """
+        if not self.phi.homogeneous:
+            raise ValueError(
+                f"rescale: {self.activation} is not positively homogeneous, phi(S z) is not "
+                "S phi(z). Only ReLU, leaky ReLU and the identity can be rescaled."
+            )
+        A, s = wellposed.rescale(self.A, kappa)
+        return replace(self, A=A, B=s[:, None] * self.B, C=self.C / s, b=s * self.b)
+
+    def permute(self, order: Sequence[int] | Tensor) -> "ImplicitModel":
+        """The same map with its states in another order: state i of the result is order[i] here.
+
+        Raises:
+            ValueError: not a permutation, or one that takes a softmax block apart.
+        """
+        order = torch.as_tensor(order, device=self.A.device)
+        identity = torch.arange(self.states, device=self.A.device)
+        if order.shape != identity.shape or not torch.equal(order.sort().values, identity):
+            raise ValueError(f"permute: expected a permutation of 0..{self.states - 1}.")
+        return replace(
+            self,
+            A=self.A[order][:, order],
+            B=self.B[order],
+            C=self.C[:, order],
+            b=self.b[order],
+            phi=_permuted(self.phi, order.tolist()),
+        )
+
+    # ---- files -----------------------------------------------------------------------------------
+
+    def save(self, path: "str | os.PathLike[str]") -> None:
+        """Write the model as safetensors, its activation in the JSON header."""
+        from safetensors.torch import save_file
+
+        header = {"version": _VERSION, "phi": self.phi.to_config()}
+        tensors = {name: getattr(self, name).detach().contiguous() for name in _NAMES}
+        save_file(tensors, os.fspath(path), metadata={_FORMAT: json.dumps(header)})
+
+    @staticmethod
+    def load(
+        path: "str | os.PathLike[str]", device: "str | torch.device" = "cpu"
+    ) -> "ImplicitModel":
+        """Read what `save` wrote; everything is checked before a model is made.
+
+        Raises:
+            ValueError: not such a file, another version, or tensors that do not fit.
+        """
+        from safetensors import SafetensorError, safe_open
+
+        try:
+            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
+                header = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
+                names = sorted(file.keys())
+                if not isinstance(header, dict) or names != sorted(_NAMES):
+                    raise ValueError(
+                        f"{path}: not a saved ImplicitModel: it holds {names[:8]}, expected "
+                        f"{sorted(_NAMES)} and a header {_FORMAT!r}."
+                    )
+                if header.get("version") != _VERSION:
+                    raise ValueError(
+                        f"{path}: version {header.get('version')!r}, expected {_VERSION}."
+                    )
+                tensors = {name: file.get_tensor(name) for name in _NAMES}
+        except (SafetensorError, json.JSONDecodeError) as error:
+            raise ValueError(f"{path}: not a safetensors file ({error}).") from error
+        return ImplicitModel(**tensors, phi=activations.from_config(header.get("phi")))
+
+    @staticmethod
+    def from_torchidl(
+        state_dict: dict[str, Tensor],
+        *,
+        kappa: float = 0.99,
+        phi: "Activation | str" = "relu",
+    ) -> "ImplicitModel":
+        """The model that torchidl's `ImplicitModel` computes with this state.
+
+        There A is scaled as a whole to A kappa / ||A||_inf on every call where ||A||_inf > kappa;
+        here the scaled A is stored. A low-rank state (`L`, `R`) is multiplied out first.
+
+        Args:
+            state_dict: with A (or L and R), B, C and, where it was used, D.
+            kappa: the bound that the torchidl model was made with.
+            phi: its activation.
+        """
+        state = dict(state_dict)
+        try:
+            A = state["A"] if "A" in state else state["L"] @ state["R"].mT
+            B, C = state["B"], state["C"]
+        except KeyError as error:
+            raise ValueError(
+                f"from_torchidl: no {error} among {sorted(state)}; expected A (or L, R), B, C, D."
+            ) from None
+        norm = A.abs().sum(1).amax()
+        A = A * (kappa / norm.clamp_min(kappa))
+        return ImplicitModel(A, B, C, state.get("D"), phi=phi)
+
+
+def stack(f: ImplicitModel, g: ImplicitModel) -> ImplicitModel:
+    """(y_f, y_g) for the same input."""
+    if f.inputs != g.inputs:
+        raise ValueError(f"stack: f takes {f.inputs} inputs, g {g.inputs}; they must be equal.")
+    return ImplicitModel(
+        A=torch.block_diag(f.A, g.A),
+        B=torch.cat([f.B, g.B]),
+        C=torch.block_diag(f.C, g.C),
+        D=torch.cat([f.D, g.D]),
+        b=torch.cat([f.b, g.b]),
+        d=torch.cat([f.d, g.d]),
+        phi=Blocks(parts=f.phi.parts + g.phi.parts),
+    )
+
+
+def _permuted(phi: Blocks, order: list[int]) -> Blocks:
+    """The activations of the permuted states, runs of the same one merged."""
+    owner = [block for block, (_, size) in enumerate(phi.parts) for _ in range(size)]
+    runs: list[list[int]] = []  # [block, length]
+    for state in order:
+        if runs and runs[-1][0] == owner[state]:
+            runs[-1][1] += 1
+        else:
+            runs.append([owner[state], 1])
+    for block, length in runs:
+        member, size = phi.parts[block]
+        if not member.entrywise and length != size:
+            raise ValueError(f"permute: the {size} states of a {member} block must stay together.")
+    return Blocks(parts=tuple((phi.parts[block][0], length) for block, length in runs))
+
+
+# ---- shared with the layers ----------------------------------------------------------------------
+
+
+def check_input(u: Tensor, width: int, like: Tensor, name: str) -> None:
+    """Refuse an input of the wrong kind in one line."""
+    if not isinstance(u, Tensor):
+        raise TypeError(f"{name}: got {type(u).__name__}, expected a tensor (*batch, {width}).")
+    if u.dim() == 0 or u.shape[-1] != width:
+        raise ValueError(f"{name}: got shape {tuple(u.shape)}, expected (*batch, {width}).")
+    if u.dtype != like.dtype:
+        raise ValueError(
+            f"{name}: got {u.dtype}, expected {like.dtype} as the weights; convert with .to()."
+        )
+    if u.device != like.device:
+        raise ValueError(
+            f"{name}: got a tensor on {u.device}, expected {like.device} where the weights are."
+        )
+
+
+def solve_state(
+    A: Tensor,
+    v: Tensor,
+    equation: Equation,
+    x0: Tensor | None,
+    solver: "str | FixedPointSolver",
+    adjoint: "str | AdjointType",
+    on_failure: str,
+    record: bool,
+    bound: "Callable[[Tensor], Tensor] | None" = None,
+) -> Solution:
+    """x = phi(A x + v) over any batch shape, with the error bound where there is one.
+
+    Args:
+        bound: from the residual f(x) - x, in float64, to the bound of each row.
+    """
+    check_on_failure(on_failure)
+    solver, adjoint = get_solver(solver), get_adjoint(adjoint)
+    batch, n = v.shape[:-1], v.shape[-1]
+    if x0 is not None:
+        check_input(x0, n, v, "x0")
+        if x0.shape != v.shape:
+            raise ValueError(f"x0: got shape {tuple(x0.shape)}, expected {tuple(v.shape)}.")
+        x0 = x0.reshape(-1, n)
+    f = equation.map(A, v.reshape(-1, n))
+    start = f.phi(f.v.detach()) if x0 is None else x0
+    solution = adjoint.run(f, start, solver, record=record)
+    error = None
+    if bound is not None and not torch._C._are_functorch_transforms_active():
+        # The residual in float64: its rounding is then far below what is being bounded.
+        with torch.no_grad():
+            x = solution.value.detach().double()
+            exact = AffineMap(A.detach().double(), f.v.detach().double(), f.phi)
+            error = bound(exact(x) - x).view(batch)
+    stats = dict(solution.stats)
+    if record:
+        stats["trajectory"] = stats["trajectory"].view(-1, *batch, n)
+    return replace(
+        solution,
+        value=solution.value.view(*batch, n),
+        codes=solution.codes.view(batch),
+        residual=solution.residual.view(batch),
+        steps=solution.steps.view(batch),
+        error_bound=error,
+        stats=stats,
+    ).check(on_failure)

@@ -1,0 +1,305 @@
+"""Fixed-point solvers: z = f(z), one independent problem a row. They know nothing of gradients.
+
+The loop in `FixedPointSolver.solve` is the only one: stopping, per-sample freezing, best-so-far,
+compaction of the batch, the recorded trajectory and the statistics are written there, once. A new
+solver writes `init` and `step`.
+"""
+
+import abc
+import math
+from collections.abc import Callable
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.autograd import forward_ad
+
+from ..maps import AffineMap, LinearRows, RowMap
+from ..solution import Solution, Status, unknown_name
+
+Map = AffineMap | RowMap | LinearRows
+
+# Default relative tolerances: about ten roundings of float32; in float64 below what finite
+# differences in a gradient check resolve.
+_RTOL = {torch.float32: 1e-6, torch.float64: 1e-12}
+
+
+@dataclass(frozen=True, kw_only=True)
+class FixedPointSolver(abc.ABC):
+    """Finds z with z = f(z).
+
+    A sample has converged when  rms(f(z) - z) < atol + rtol rms(f(z)).
+
+    Args:
+        rtol: relative tolerance; None means 1e-6 in float32 and 1e-12 in float64.
+        atol: absolute tolerance, in the units of z.
+        max_steps: evaluations of f at most.
+
+    A subclass writes `init` (its state before the first step) and `step` (next iterate, f there,
+    next state); every tensor in its state has the samples along the dimension `batch_dim` names.
+    """
+
+    rtol: float | None = None
+    atol: float = 1e-14
+    max_steps: int = 1000
+
+    def __post_init__(self) -> None:
+        if self.rtol is not None and not 0 < self.rtol < 1:
+            raise ValueError(f"{type(self).__name__}: rtol={self.rtol}, expected 0 < rtol < 1.")
+        if not 0 <= self.atol < math.inf:
+            raise ValueError(f"{type(self).__name__}: atol={self.atol}, expected atol >= 0.")
+        if not (isinstance(self.max_steps, int) and self.max_steps >= 1):
+            raise ValueError(
+                f"{type(self).__name__}: max_steps={self.max_steps!r}, expected an integer >= 1."
+            )
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        if not cls.__name__.startswith("_"):
+            _REGISTRY[cls.__name__] = cls
+
+    def init(self, f: Map, z: Tensor, fz: Tensor) -> Any:
+        """The state before the first step."""
+        return None
+
+    @abc.abstractmethod
+    def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
+        """The next iterate, f at it, and the next state, from z and fz = f(z).  # all (m, n)"""
+
+    def take(self, state: Any, rows: Tensor) -> Any:
+        """The state of some of the samples: every tensor in it is indexed along its dimension
+        -2 (vectors), so that (m, n) and (memory, m, n) buffers both work."""
+        if isinstance(state, Tensor):
+            return state.index_select(-2, rows) if state.dim() > 1 else state.index_select(0, rows)
+        if isinstance(state, tuple):
+            return tuple(self.take(part, rows) for part in state)
+        return state
+
+    def exact(self, state: Any) -> bool:
+        """Whether the f(z) that `step` returns was evaluated, not got from a recurrence that rounds
+        on its own; if not, what looks converged is checked against f itself."""
+        return True
+
+    def describe(self, state: Any) -> dict[str, Any]:
+        """What to add to the statistics."""
+        return {"solver": self.name}
+
+    def look(self, k: int, work: int, state: Any) -> bool:
+        """Whether to look at convergence after k evaluations; `work` is the cost of one, in
+        multiply-adds. A look costs a few passes over the batch and, on a GPU, a stall."""
+        return True
+
+    def solve(
+        self, f: "Callable[[Tensor], Tensor] | Map", z0: Tensor, *, record: bool = False
+    ) -> Solution:
+        """Solve z = f(z) from z0.
+
+        Args:
+            f: a map of rows (`AffineMap`), or any callable (batch, *) -> (batch, *) whose rows
+                are independent.
+            z0: where to start.  # (batch, *)
+            record: keep every iterate in `stats["trajectory"]`.  # (steps, batch, *)
+
+        Returns:
+            Solution. Nothing is raised for a sample that fails: `.check()` does that.
+        """
+        rows = f if isinstance(f, AffineMap | RowMap | LinearRows) else RowMap(f, z0.shape)
+        with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
+            z = z0.detach().reshape(z0.shape[0], math.prod(z0.shape[1:]))
+            solution = self._solve(rows, z, [] if record else None)
+        stats = {**solution.stats}
+        if record:
+            stats["trajectory"] = torch.stack(stats["trajectory"]).view(-1, *z0.shape)
+        return replace(solution, value=solution.value.view(z0.shape), stats=stats)
+
+    def _solve(self, f: Map, z: Tensor, record: "list[Tensor] | None") -> Solution:
+        m, n = z.shape
+        progress = _Progress(self, z, advance=f.contraction is not None)
+        if m == 0 or n == 0:
+            return progress.solution({"solver": self.name, "evaluations": 0}, record)
+        work = n * n * m
+        fz = f(z)
+        state = self.init(f, z, fz)
+        k = 1
+        while True:
+            if record is not None:
+                record.append(progress.scatter(z))
+            if (k >= self.max_steps or self.look(k, work, state)) and progress.look(
+                z, fz, k, None if self.exact(state) else f
+            ):
+                break
+            if k >= self.max_steps:
+                break
+            keep = progress.compaction()
+            if keep is not None and (smaller := f.select(keep)) is not None:
+                f, z, fz = smaller, z[keep], fz[keep]
+                state = self.take(state, keep)
+                progress.compact(keep)
+            z, fz, state = self.step(f, z, fz, state)
+            k += 1
+        return progress.solution({**self.describe(state), "evaluations": k}, record)
+
+    @property
+    def name(self) -> str:
+        """The class name, as in `stats["solver"]`."""
+        return type(self).__name__
+
+    def to_config(self) -> dict[str, Any]:
+        """The solver as plain values, for files and compiled graphs."""
+        return {"name": self.name, **{f.name: getattr(self, f.name) for f in fields(self)}}
+
+
+_REGISTRY: dict[str, type[FixedPointSolver]] = {}
+
+
+def from_config(config: dict[str, Any]) -> FixedPointSolver:
+    """The solver that `to_config` described.
+
+    Raises:
+        ValueError: the name or an option is unknown.
+    """
+    options = dict(config)
+    cls = _REGISTRY.get(options.pop("name", ""))
+    if cls is None:
+        raise unknown_name("solver", config.get("name"), _REGISTRY)
+    valid = {f.name for f in fields(cls)}
+    for key in options:
+        if key not in valid:
+            raise unknown_name(f"option of {cls.__name__}", key, valid)
+    return cls(**options)
+
+
+def get_solver(solver: "str | FixedPointSolver", **options: Any) -> FixedPointSolver:
+    """A solver from its name or itself.
+
+    Args:
+        solver: `"auto"`, `"picard"`, `"anderson"`, `"broyden"`, `"newton"`,
+            `"forward_backward"`, `"peaceman_rachford"`, the name of a solver class of yours, or
+            an instance.
+        options: for a name, its arguments.
+    """
+    if isinstance(solver, FixedPointSolver):
+        return replace(solver, **options) if options else solver
+    names = {_plain(name): name for name in _REGISTRY}
+    if not isinstance(solver, str) or _plain(solver) not in names:
+        raise unknown_name("solver", solver, (_snake(name) for name in _REGISTRY))
+    return from_config({"name": names[_plain(solver)], **options})
+
+
+def _plain(name: str) -> str:
+    return name.replace("_", "").replace("-", "").lower()
+
+
+def _snake(name: str) -> str:
+    return "".join("_" + c.lower() if c.isupper() else c for c in name).lstrip("_")
+
+
+class _Progress:
+    """What is known of each sample so far: outcome, best iterate, residual, steps.
+
+    The answer of a sample depends on its own iterates and on the schedule of looks, never on the
+    values of its batch-mates. Its rows go on being computed after it has finished, until the
+    batch is compacted, but what was recorded for it stands.
+    """
+
+    # A batch shrinks to a multiple of this many rows: below, BLAS switches to kernels that round
+    # differently, and a sample's last bits would depend on how many others are still running.
+    ROWS = 16
+    PATIENCE = 100
+    NEAR = 1e3
+
+    def __init__(self, solver: FixedPointSolver, z: Tensor, advance: bool):
+        m = z.shape[0]
+        self.rtol = solver.rtol if solver.rtol is not None else _RTOL.get(z.dtype, 1e-6)
+        self.atol, self.advance = solver.atol, advance
+        self.value = z
+        self.residual = z.new_full((m,), torch.inf)
+        self.steps = torch.zeros(m, dtype=torch.long, device=z.device)
+        self.codes = torch.full((m,), Status.MAX_STEPS.code, device=z.device)
+        self.active = torch.ones(m, dtype=torch.bool, device=z.device)
+        self.gain = torch.zeros_like(self.steps)  # when the residual last fell by a tenth
+        self.rows: Tensor | None = None  # samples still in the running batch; None for all
+        self.running = m  # how many of them are unfinished
+        self.first = True
+
+    def scaled(self, z: Tensor, fz: Tensor) -> Tensor:
+        """rms(f(z) - z) / (atol + rtol rms(f(z))): a tolerance means the same at every n."""
+        size = torch.linalg.vector_norm(fz, dim=1)
+        # The smallest normal number keeps an exact zero from being 0/0.
+        floor = self.atol * math.sqrt(z.shape[1]) + torch.finfo(z.dtype).tiny
+        return torch.linalg.vector_norm(fz - z, dim=1) / (size * self.rtol + floor)
+
+    def look(self, z: Tensor, fz: Tensor, k: int, exact: Map | None) -> bool:
+        """Record where every running sample stands; True when none is left."""
+        residual = self.scaled(z, fz)
+        if exact is not None and bool((residual < 1).any()):
+            fz = exact(z)
+            residual = torch.where(residual < 1, self.scaled(z, fz), residual)
+        # On a certified contraction f(z) is closer than z, so the residual still covers it.
+        candidate = fz if self.advance else z
+        if self.rows is None and self.running == residual.numel() and bool((residual < 1).all()):
+            self.value, self.residual = candidate, residual
+            self.codes.fill_(Status.CONVERGED.code)
+            self.steps.fill_(k)
+            self.active.fill_(False)
+            return True
+        rows = self.rows
+        pick = (lambda t: t) if rows is None else (lambda t: t[rows])
+        active, best = pick(self.active), pick(self.residual)
+        better = active & (residual < best)  # False for NaN
+        # Nearly no gain for `PATIENCE` evaluations, close to the tolerance: rounding is in the way.
+        gained = active & (residual < 0.9 * best)
+        gain = torch.where(gained, k, pick(self.gain))
+        stuck = active & (k - gain > self.PATIENCE) & (best < self.NEAR)
+        finite = torch.isfinite(residual)
+        done = active & (residual < 1)
+        lost = active & ~finite
+        outcome = torch.where(done, Status.CONVERGED.code, pick(self.codes))
+        blame = Status.NONFINITE if self.first else Status.DIVERGED
+        outcome = torch.where(lost, blame.code, outcome)
+        outcome = torch.where(stuck & ~done, Status.STALLED.code, outcome)
+        steps = torch.where(active, k, pick(self.steps))
+        value = torch.where(better[:, None], candidate, pick(self.value))
+        best = torch.where(better, residual, best)
+        active = active & ~(done | lost | stuck)
+        if rows is None:
+            self.value, self.residual, self.codes = value, best, outcome
+            self.steps, self.active, self.gain = steps, active, gain
+        else:
+            self.value[rows], self.residual[rows], self.codes[rows] = value, best, outcome
+            self.steps[rows], self.active[rows], self.gain[rows] = steps, active, gain
+        self.first = False
+        self.running = int(active.sum())
+        return self.running == 0
+
+    def compaction(self) -> Tensor | None:
+        """Which rows of the running batch to keep, once at least half of it is done."""
+        total = self.active.numel() if self.rows is None else self.rows.numel()
+        room = -(-self.running // self.ROWS) * self.ROWS
+        if total <= 2 * self.ROWS or 2 * room > total:
+            return None
+        active = self.active if self.rows is None else self.active[self.rows]
+        # Unfinished rows first; finished ones fill up to the multiple.
+        return torch.argsort(active, descending=True, stable=True)[:room]
+
+    def compact(self, keep: Tensor) -> None:
+        """The running batch is now these rows of what it was."""
+        if self.rows is None:
+            self.value = self.value.clone()
+        self.rows = keep if self.rows is None else self.rows[keep]
+
+    def scatter(self, z: Tensor) -> Tensor:
+        """The running iterates, finished samples standing still: one frame of the trajectory."""
+        frame = self.value.clone()
+        frame[self.rows if self.rows is not None else slice(None)] = z
+        return torch.where(self.active[:, None], frame, self.value)
+
+    def solution(self, stats: dict[str, Any], record: "list[Tensor] | None") -> Solution:
+        """What the loop found."""
+        if record is not None:
+            stats["trajectory"] = [*record, self.value]
+        if self.value.shape[0] == 0 or self.value.shape[1] == 0:
+            self.codes.fill_(Status.CONVERGED.code)
+            self.residual.zero_()
+        return Solution(self.value, self.codes, self.residual, self.steps, stats=stats)
