@@ -233,42 +233,53 @@ class _Progress:
     def look(self, z: Tensor, fz: Tensor, k: int, exact: Map | None) -> bool:
         """Record where every running sample stands; True when none is left."""
         residual = self.scaled(z, fz)
-        if exact is not None and bool((residual < 1).any()):
-            fz = exact(z)
-            residual = torch.where(residual < 1, self.scaled(z, fz), residual)
+        low, high = (float(bound) for bound in torch.aminmax(residual))
+        if exact is not None and not low >= 1:
+            residual = torch.where(residual < 1, self.scaled(z, exact(z)), residual)
+            low, high = (float(bound) for bound in torch.aminmax(residual))
         # On a certified contraction f(z) is closer than z, so the residual still covers it.
         candidate = fz if self.advance else z
-        if self.rows is None and self.running == residual.numel() and bool((residual < 1).all()):
-            self.value, self.residual = candidate, residual
-            self.codes.fill_(Status.CONVERGED.code)
-            self.steps.fill_(k)
-            self.active.fill_(False)
-            return True
+        if self.rows is None and self.running == residual.numel():
+            # Nobody has finished before, and now all do, or (a NaN compares false) nobody does and
+            # everybody has moved on: the common cases, without the bookkeeping.
+            if high < 1:
+                self.value, self.residual = candidate, residual
+                self.codes.fill_(Status.CONVERGED.code)
+                self.steps.fill_(k)
+                self.active.fill_(False)
+                self.running = 0
+                return True
+            if low >= 1 and high < torch.inf and bool((residual < self.residual).all()):
+                self.value, self.residual = candidate.clone(), residual
+                self.gain.fill_(k)
+                self.steps.fill_(k)
+                self.first = False
+                return False
+        return self._sort_out(residual, candidate, k)
+
+    def _sort_out(self, residual: Tensor, candidate: Tensor, k: int) -> bool:
+        """The bookkeeping in full: some samples end, well or badly, and others go on."""
         rows = self.rows
         pick = (lambda t: t) if rows is None else (lambda t: t[rows])
-        active, best = pick(self.active), pick(self.residual)
+        active, best, codes = pick(self.active), pick(self.residual), pick(self.codes)
+        done, lost = active & (residual < 1), active & ~torch.isfinite(residual)
         better = active & (residual < best)  # False for NaN
         # Nearly no gain for `PATIENCE` evaluations, close to the tolerance: rounding is in the way.
-        gained = active & (residual < 0.9 * best)
-        gain = torch.where(gained, k, pick(self.gain))
-        stuck = active & (k - gain > self.PATIENCE) & (best < self.NEAR)
-        finite = torch.isfinite(residual)
-        done = active & (residual < 1)
-        lost = active & ~finite
-        outcome = torch.where(done, Status.CONVERGED.code, pick(self.codes))
+        gain = torch.where(active & (residual < 0.9 * best), k, pick(self.gain))
+        best = torch.where(better, residual, best)
+        stuck = active & ~done & (k - gain > self.PATIENCE) & (best < self.NEAR)
         blame = Status.NONFINITE if self.first else Status.DIVERGED
-        outcome = torch.where(lost, blame.code, outcome)
-        outcome = torch.where(stuck & ~done, Status.STALLED.code, outcome)
+        for which, status in ((done, Status.CONVERGED), (lost, blame), (stuck, Status.STALLED)):
+            codes = torch.where(which, status.code, codes)
         steps = torch.where(active, k, pick(self.steps))
         value = torch.where(better[:, None], candidate, pick(self.value))
-        best = torch.where(better, residual, best)
         active = active & ~(done | lost | stuck)
-        if rows is None:
-            self.value, self.residual, self.codes = value, best, outcome
-            self.steps, self.active, self.gain = steps, active, gain
-        else:
-            self.value[rows], self.residual[rows], self.codes[rows] = value, best, outcome
-            self.steps[rows], self.active[rows], self.gain[rows] = steps, active, gain
+        new = {"value": value, "residual": best, "codes": codes, "steps": steps, "gain": gain}
+        for name, t in {**new, "active": active}.items():
+            if rows is None:
+                setattr(self, name, t)
+            else:
+                getattr(self, name)[rows] = t
         self.first = False
         self.running = int(active.sum())
         return self.running == 0

@@ -11,12 +11,15 @@ from ._loop import FixedPointSolver, Map
 
 @dataclass(frozen=True, kw_only=True)
 class Anderson(FixedPointSolver):
-    """Anderson acceleration over the last `memory` differences, type II (Walker, Ni 2011).
+    """Anderson acceleration over up to `memory` differences, type II (Walker, Ni 2011).
 
     z+ = f(z) - dF g  with g = argmin |r - dR g|, r = f(z) - z. On an affine map this is GMRES
-    (truncated), so it also solves maps that do not contract. The small systems are scaled to unit
-    diagonal before they are regularised, so neither the size of the states nor float32 matters,
-    and a sample that is done early (dR = 0) takes a plain step instead of dividing by zero.
+    (truncated), so it also solves maps that do not contract. The differences dR are kept
+    orthonormal by Gram-Schmidt, with dF transformed alike, so there is no normal matrix to square
+    the conditioning and no small system to be singular: a sample that is done early (dR = 0), or
+    whose new difference lies in the span of the old ones up to rounding, adds a zero column and
+    goes on with the rest. When the memory is full it starts again from the newest difference:
+    older ones belong to another active set.
 
     Safeguard: a step is undone, and f at the best iterate taken instead, where the residual exceeds
     `growth` times the best so far, or, where f is a certified contraction of factor kappa, where it
@@ -28,7 +31,7 @@ class Anderson(FixedPointSolver):
         growth: tolerated growth of the residual over the reference above.
     """
 
-    memory: int = 5
+    memory: int = 8
     growth: float = 10.0
 
     def __post_init__(self) -> None:
@@ -39,56 +42,50 @@ class Anderson(FixedPointSolver):
             raise ValueError(f"Anderson: growth={self.growth}, expected growth >= 1.")
 
     def init(self, f: Map, z: Tensor, fz: Tensor) -> Any:
-        """Empty history; the last slot of dR is the current residual, so one product gives both
-        the Gram matrix and the right-hand side."""
+        """No history. Columns [dR | dF] lie side by side, so that one product transforms both."""
         m, n = z.shape
-        dR = z.new_zeros(self.memory + 1, m, n)
-        dF = z.new_zeros(self.memory, m, n)
-        kept = z.new_full((m, 1), torch.inf)
-        return 0, dF, dR, fz, fz, kept, kept
+        columns = z.new_empty(self.memory, m, 2 * n)
+        r = fz - z
+        norm = torch.linalg.vector_norm(r, dim=1, keepdim=True)
+        return 0, columns, torch.cat([r, fz], dim=1), fz, norm, norm
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """Mix, evaluate."""
-        count, dF, dR, f_last, f_kept, kept, first = state
-        if count:
-            slot = (count - 1) % self.memory
-            torch.sub(fz, f_last, out=dF[slot])
-            r_last = dR[-1].clone()
-            r = torch.sub(fz, z, out=dR[-1])
-            torch.sub(r, r_last, out=dR[slot])
-        else:
-            r = torch.sub(fz, z, out=dR[-1])
-        used = min(count, self.memory)
-        history = torch.cat([dR[:used], dR[-1:]]) if used < self.memory else dR
-        gram = torch.bmm(history.permute(1, 0, 2), history.permute(1, 2, 0))  # (m, used+1, used+1)
-        norm = gram[:, -1:, -1]  # |r|^2
+        count, columns, last, f_best, best, first = state
+        if count == 0:  # nothing to mix: a Picard step
+            z_next = fz.clone()
+            return z_next, f(z_next), (1, columns, last, f_best, best, first)
+        n = z.shape[1]
+        pair = torch.cat([fz - z, fz], dim=1)
+        slot = (count - 1) % self.memory
+        used = slot + 1
+        self._append(columns[:used], slot, pair - last, n)
+        r = pair[:, :n]
+        history = columns[:used].permute(1, 0, 2)  # (m, used, 2n)
+        weights = torch.bmm(r[:, None], history[:, :, :n].mT)
+        z_next = torch.baddbmm(fz[:, None], weights, history[:, :, n:], alpha=-1)[:, 0]
+        norm = torch.linalg.vector_norm(r, dim=1, keepdim=True)
         if f.contraction is None:
-            bound = self.growth**2 * kept
+            bound = best * self.growth
         else:
-            first = norm if count == 0 else first
-            bound = torch.maximum(kept, self.growth**2 * f.contraction ** (2 * count) * first)
-        # Negated, so that a NaN counts as rejected too and stays in its own row.
-        reject = ~(norm <= bound)
-        z_next = fz - self._correction(gram, dF[:used]) if used else fz.clone()
-        z_next = torch.where(reject, f_kept, z_next)
-        better = norm < kept
-        f_kept = torch.where(better, fz, f_kept)
-        kept = torch.where(better, norm, kept)
-        return z_next, f(z_next), (count + 1, dF, dR, fz, f_kept, kept, first)
+            bound = torch.maximum(best, first * (self.growth * f.contraction**count))
+        # On a NaN the comparison is false, and the sample goes back too.
+        z_next = torch.where(norm <= bound, z_next, f_best)
+        f_best = torch.where(norm < best, fz, f_best)
+        best = torch.fmin(norm, best)
+        return z_next, f(z_next), (count + 1, columns, pair, f_best, best, first)
 
     @staticmethod
-    def _correction(gram: Tensor, dF: Tensor) -> Tensor:
-        """dF g, with (dR^T dR + small) g = dR^T r.  # (m, n)"""
-        eps = torch.finfo(gram.dtype).eps
-        normal, target = gram[:, :-1, :-1], gram[:, :-1, -1:]
-        diagonal = normal.diagonal(dim1=1, dim2=2)
-        scale = torch.where(diagonal > 0, diagonal.rsqrt(), 0.0)[..., None]
-        scaled = scale * normal * scale.mT
-        # Rows of zeros (no history there, or an underflow) become rows of the identity.
-        shift = torch.where(diagonal > 0, 8 * eps, 1.0)
-        scaled = scaled + torch.diag_embed(shift)
-        factor, info = torch.linalg.cholesky_ex(scaled)
-        weights = torch.cholesky_solve(scale * target, factor) * scale
-        usable = (info == 0) & torch.isfinite(weights).all(dim=1)[:, 0]
-        weights = torch.where(usable[:, None, None], weights, 0.0)
-        return torch.bmm(weights.mT, dF.permute(1, 0, 2))[:, 0]
+    def _append(columns: Tensor, slot: int, new: Tensor, n: int) -> None:
+        """Orthonormalise the difference `new` against the columns, and put it in its slot."""
+        before = torch.linalg.vector_norm(new[:, :n], dim=1, keepdim=True)
+        if columns.shape[0] > 1:
+            others = columns if slot != columns.shape[0] - 1 else columns[:-1]
+            past = others.permute(1, 0, 2)
+            h = torch.bmm(new[:, None, :n], past[:, :, :n].mT)
+            new = torch.baddbmm(new[:, None], h, past, alpha=-1)[:, 0]
+        after = torch.linalg.vector_norm(new[:, :n], dim=1, keepdim=True)
+        # What is left of a difference that lay in the span is rounding, and would be blown up.
+        floor = before * (10 * torch.finfo(new.dtype).eps ** 0.5)
+        scale = torch.where(after > floor, after.reciprocal(), 0.0)
+        torch.mul(new, scale, out=columns[slot])

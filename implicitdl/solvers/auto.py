@@ -4,11 +4,13 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from ..maps import AffineMap
 from ._loop import FixedPointSolver, Map
 from .anderson import Anderson
+from .broyden import Broyden
 from .newton import Newton
 from .picard import Picard
 from .splittings import PeacemanRachford
@@ -19,45 +21,50 @@ class Auto(FixedPointSolver):
     """Chooses by declared facts, says in `stats["reason"]` why, and changes over when stuck.
 
     - A strictly triangular: Picard, exact after at most n steps.
-    - a certified contraction factor up to 0.6: Picard; acceleration would cost more than it saves.
+    - a certified contraction whose rate (the certificate's, or for a small map an estimate of
+      ||A||_2 times the largest slope) is at most 0.6: Picard, where one product is cheap beside
+      the arithmetic of an acceleration.
+    - a single small system: Newton with LU.
     - strongly monotone, slopes in [0, 1], a batch large enough to pay for one inverse:
       Peaceman-Rachford.
-    - a single small system: Newton with LU.
-    - else Anderson, with a longer memory where no contraction is certified.
+    - any other certified contraction: Broyden; anything else: Anderson.
     A solver that has used up its budget hands the unfinished samples to the next: Anderson, then
     Newton, until `max_steps`.
     """
 
+    # Multiply-adds of one evaluation below which the bookkeeping of an acceleration costs more.
+    CHEAP = 1 << 24
+
     def choose(self, f: Map, samples: int, states: int) -> tuple[list[tuple[Any, float]], str]:
         """The solvers to try, each with the evaluations it may spend, and the reason."""
-        common: dict[str, Any] = {"rtol": self.rtol, "atol": self.atol, "max_steps": self.max_steps}
-        anderson, newton = Anderson(memory=6, **common), Newton(**common)
-        rest = [(anderson, 200), (newton, math.inf)]
-        kappa = f.contraction
-        if not isinstance(f, AffineMap):
-            if kappa is not None and kappa <= 0.6:
-                return [(Picard(**common), 60), *rest], f"certified contraction {kappa:.3g}"
-            return rest, "a general map, nothing certified"
+        common: dict[str, Any] = {
+            "rtol": self.rtol, "atol": self.atol, "max_steps": self.max_steps
+        }  # fmt: skip
+        picard, anderson = Picard(**common), Anderson(**common)
+        rest = [(anderson, 200), (Newton(**common), math.inf)]
+        kappa, work = f.contraction, samples * states**2
+        affine = isinstance(f, AffineMap)
         if f.acyclic:
-            return [(Picard(**common), states + 1), *rest], "A is strictly triangular"
-        if kappa is not None and kappa <= 0.6:
-            return [(Picard(**common), 60), *rest], f"certified contraction {kappa:.3g}"
-        if samples == 1 and states <= 128:
-            return [(newton, 40), *rest], f"one sample of {states} states: LU is cheapest"
+            return [(picard, states + 1), *rest], "A is strictly triangular"
+        if kappa is not None and work <= self.CHEAP:
+            rate = kappa
+            if affine and kappa > 0.6 and samples > 1:
+                rate = min(rate, _estimate(f))
+            if rate <= 0.6:
+                return [(picard, 60), *rest], f"a contraction of rate about {rate:.2g}, cheap steps"
+        if affine and samples == 1 and states <= 128:
+            return [(Newton(**common), 40), *rest], f"one sample of {states} states: LU is cheapest"
         if kappa is not None:
-            return [
-                (Anderson(memory=3, **common), 200),
-                *rest,
-            ], f"certified contraction {kappa:.3g}"
+            plan = [(Broyden(**common), 200), *rest]
+            return plan, f"a certified contraction of factor {kappa:.3g}"
+        if f.monotone is None:
+            return rest, "nothing certified"
+        reason = f"strongly monotone, m = {f.monotone:.3g}"
         prox = f.phi.monotone and f.phi.nonexpansive and f.A.dim() == 2
-        if f.monotone is not None and prox and states <= 8 * samples:
-            reason = (
-                f"strongly monotone, m = {f.monotone:.3g}; {samples} samples pay for an inverse"
-            )
-            return [(PeacemanRachford(**common), 200), *rest], reason
-        if f.monotone is not None:
-            return rest, f"strongly monotone, m = {f.monotone:.3g}"
-        return rest, "nothing certified"
+        if prox and states <= 8 * samples:
+            plan = [(PeacemanRachford(**common), 200), *rest]
+            return plan, f"{reason}; {samples} samples pay for an inverse"
+        return rest, reason
 
     def init(self, f: Map, z: Tensor, fz: Tensor) -> Any:
         """The plan, and the state of its first solver."""
@@ -89,3 +96,14 @@ class Auto(FixedPointSolver):
         plan, reason, turn, _, _ = state
         names = [solver.name for solver, _ in plan[: turn + 1]]
         return {"solver": names[-1], "reason": reason, "tried": tuple(names)}
+
+
+def _estimate(f: AffineMap) -> float:
+    """||A||_2 times the largest slope, from below, by four steps of the power method."""
+    A = f.A if f.A.dim() == 2 else f.A[0]
+    w = torch.ones(A.shape[0], 1, dtype=A.dtype, device=A.device)
+    w[1::2] = 0.5  # not orthogonal to the leading vector of a row-symmetric A
+    for _ in range(4):
+        w = A.mT @ (A @ w)
+        w = w / torch.linalg.vector_norm(w).clamp_min(torch.finfo(A.dtype).tiny)
+    return float(torch.linalg.vector_norm(A @ w)) * f.phi.lipschitz

@@ -13,20 +13,23 @@ from ._loop import FixedPointSolver, Map
 class Broyden(FixedPointSolver):
     """Limited-memory Broyden, "good" update, for g(z) = f(z) - z = 0.
 
-    The inverse Jacobian is H = -I + sum u_i v_i^T, with
-        u = (dz - H dg) / (dz^T H dg),   v = H^T dz,
-    and z+ = z - H g. After `memory` updates H starts again from -I, so memory does not grow with
-    `max_steps`. An update whose denominator is not safely away from zero is left out, and growth of
-    the residual beyond `growth` goes back to the best iterate and forgets that sample's updates.
+    With H the inverse Jacobian, s the last step and w = H g at the new iterate,
+
+        z+ = z - t w,   t = s^T s / (s^T s + s^T w),   H+ = H - w (H^T s)^T / (s^T s + s^T w),
+
+    from H = -I, which makes the first step a Picard step. After `memory` updates H starts again
+    from -I, so memory does not grow with `max_steps`. An update whose denominator is not safely
+    away from zero is left out, and a step that raised the residual beyond `growth` times the best
+    is undone: f at the best iterate is taken, and that sample's updates are forgotten.
 
     Args:
         memory: updates kept before a restart.
-        growth: tolerated growth of the residual in one step.
+        growth: tolerated growth of the residual over the best so far.
 
-    Reference: Broyden (1965); Kelley (1995), section 7.3.
+    Reference: Broyden (1965); Kelley (1995), sections 7.1 and 7.3.
     """
 
-    memory: int = 16
+    memory: int = 8
     growth: float = 10.0
 
     def __post_init__(self) -> None:
@@ -37,43 +40,42 @@ class Broyden(FixedPointSolver):
             raise ValueError(f"Broyden: growth={self.growth}, expected growth >= 1.")
 
     def init(self, f: Map, z: Tensor, fz: Tensor) -> Any:
-        """No updates yet: H = -I, a Picard step."""
-        U = z.new_zeros(self.memory, *z.shape)
-        kept = z.new_full((z.shape[0], 1), torch.inf)
-        return 0, U, torch.zeros_like(U), z, fz, fz, kept
+        """No updates, and no last step."""
+        U = z.new_empty(self.memory, *z.shape)
+        best = torch.linalg.vector_norm(fz - z, dim=1, keepdim=True)
+        return 0, U, torch.empty_like(U), torch.zeros_like(z), fz, best
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
-        """Update H by the last step, then take the next."""
-        count, U, V, z_last, f_last, f_kept, kept = state
+        """The step, and the update of H for the next one."""
+        count, U, V, s, f_best, best = state
+        used = count % self.memory
         g = fz - z
-        norm = torch.linalg.vecdot(g, g)[:, None]
-        reject = ~(norm <= self.growth**2 * kept)
-        used = (count - 1) % self.memory if count else 0
-        if count:
-            if used == 0:
-                U.zero_(), V.zero_()
-            dz, dg = z - z_last, g - (f_last - z_last)
-            Hdg = _apply(U, V, used, dg)
-            Hdz = _apply(V, U, used, dz)  # H^T dz
-            denominator = torch.linalg.vecdot(dz, Hdg)[:, None]
-            size = torch.linalg.vector_norm(dz, dim=1, keepdim=True)
-            size = size * torch.linalg.vector_norm(Hdg, dim=1, keepdim=True)
-            safe = denominator.abs() > 1e-4 * size  # False where nothing moved
-            U[used] = torch.where(safe, (dz - Hdg) / torch.where(safe, denominator, 1.0), 0.0)
-            V[used] = torch.where(safe, Hdz, 0.0)
-            used += 1
-        z_next = torch.where(reject, f_kept, z - _apply(U, V, used, g))
-        if bool(reject.any()):
-            U.masked_fill_(reject, 0.0), V.masked_fill_(reject, 0.0)
-        better = norm < kept
-        f_kept = torch.where(better, fz, f_kept)
-        kept = torch.where(better, norm, kept)
-        return z_next, f(z_next), (count + 1, U, V, z, fz, f_kept, kept)
+        norm = torch.linalg.vector_norm(g, dim=1, keepdim=True)
+        # Negated, so that a NaN goes back too.
+        back = ~(norm <= best * self.growth)
+        w = _apply(U[:used], V[:used], g)
+        ss, sw = torch.linalg.vecdot(s, s)[:, None], torch.linalg.vecdot(s, w)[:, None]
+        total = ss + sw
+        safe = total.abs() > 1e-3 * ss  # false where there was no step
+        inverse = torch.where(safe, total.reciprocal(), 0.0)
+        step = w * torch.where(safe, -ss * inverse, -1.0)
+        torch.mul(w, -inverse, out=U[used])
+        V[used] = _apply(V[:used], U[:used], s)  # H^T s
+        if bool(back.any()):
+            for history in (U, V):
+                history[: used + 1].masked_fill_(back, 0.0)
+            z_next = torch.where(back, f_best, z + step)
+            s = torch.where(back, 0.0, step)
+        else:
+            z_next, s = z + step, step
+        f_best = torch.where(norm < best, fz, f_best)
+        best = torch.fmin(norm, best)
+        return z_next, f(z_next), (count + 1, U, V, s, f_best, best)
 
 
-def _apply(U: Tensor, V: Tensor, used: int, g: Tensor) -> Tensor:
-    """(-I + sum_i u_i v_i^T) g for every row."""
-    if not used:
+def _apply(U: Tensor, V: Tensor, g: Tensor) -> Tensor:
+    """(-I + sum_i u_i v_i^T) g for every row; U, V are (used, m, n)."""
+    if not U.shape[0]:
         return -g
-    weights = torch.bmm(g[:, None], V[:used].permute(1, 2, 0))
-    return torch.baddbmm(g[:, None], weights, U[:used].permute(1, 0, 2), beta=-1)[:, 0]
+    weights = torch.bmm(g[:, None], V.permute(1, 2, 0))
+    return torch.baddbmm(g[:, None], weights, U.permute(1, 0, 2), beta=-1)[:, 0]
