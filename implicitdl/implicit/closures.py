@@ -19,6 +19,7 @@ Map = Callable[[Tensor], Tensor]
 
 
 def as_rows(f: "Map | AffineMap", z: Tensor) -> "RowMap | AffineMap":
+    """f as a map of rows: itself where it is one, else a RowMap with the shape of z."""
     return f if isinstance(f, AffineMap) else RowMap.of(f, z.shape)
 
 
