@@ -28,7 +28,6 @@ from implicitdl._train import (
     train,
 )
 from implicitdl.layers import ImplicitLayer
-from implicitdl.solvers import Picard
 from implicitdl.wellposed import InfNormBall
 
 STATES = 100
@@ -38,14 +37,8 @@ AIM = {"accuracy": 0.985, "seconds": 180.0}
 
 def build(name: str, data: _data.Dataset) -> torch.nn.Module:
     """The model of that name, with fresh parameters."""
-    # Trained states contract by far more than KAPPA a step: plain iteration is the quickest.
-    implicit = ImplicitLayer(
-        data.features,
-        data.classes,
-        STATES,
-        well_posed=InfNormBall(kappa=KAPPA),
-        solver=Picard(),
-    )
+    ball = InfNormBall(kappa=KAPPA)
+    implicit = ImplicitLayer(data.features, data.classes, STATES, well_posed=ball)
     if name == "implicit":
         return implicit
     return matched_mlp(data.features, data.classes, parameter_count(implicit))

@@ -92,7 +92,7 @@ class Recipe:
         warp: how training images are deformed; None leaves them alone.
     """
 
-    epochs: int = 40
+    epochs: int = 30
     batch_size: int = 256
     learning_rate: float = 3e-3
     weight_decay: float = 1e-2

@@ -346,7 +346,10 @@ KNOWN = {
         0.8 * torch.eye(12) - 0.2 * rand(12, 12) @ rand(12, 12).T + 3 * SKEW, ReLU(),
         "well-posed", "strong monotonicity",
     ),
-    "softmax 1.9": (1.9 * torch.eye(5), Softmax(), "well-posed", "block norm matrix"),
+    "softmax 1.9": (1.9 * torch.eye(5), Softmax(), "well-posed", "infinity norm"),
+    "softmax 1.9 reflected": (
+        1.9 * (torch.eye(5) - 0.4 * torch.ones(5, 5)), Softmax(), "well-posed", "block norm matrix",
+    ),
     "softmax 8": (8 * torch.eye(5), Softmax(), "ill-posed", ""),
 }  # fmt: skip
 

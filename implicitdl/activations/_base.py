@@ -85,6 +85,12 @@ class Activation(abc.ABC):
         return max(map(abs, self.slope))
 
     @property
+    def infinity_lipschitz(self) -> float:
+        """Lipschitz constant in the infinity norm: the largest slope where phi is entrywise; a
+        block activation declares its own, since `slope` bounds only its spectral norm."""
+        return self.lipschitz if self.entrywise else INF
+
+    @property
     def monotone(self) -> bool:
         """Whether phi is monotone: then it is the gradient of a convex potential."""
         return self.slope[0] >= 0.0

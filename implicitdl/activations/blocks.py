@@ -22,6 +22,7 @@ class Softmax(Activation):
     slope = (0.0, 0.5)
     range = (0.0, 1.0)
     entrywise = False
+    infinity_lipschitz = 0.5
 
     def __call__(self, z: Tensor) -> Tensor:
         return torch.softmax(z, -1)
@@ -135,6 +136,10 @@ class Blocks(Activation):
     @property
     def range(self) -> tuple[float, float]:
         return _hull(phi.range for phi, _ in self.parts)
+
+    @property
+    def infinity_lipschitz(self) -> float:
+        return max(phi.infinity_lipschitz for phi, _ in self.parts)
 
     @property
     def homogeneous(self) -> bool:

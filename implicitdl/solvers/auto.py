@@ -48,7 +48,7 @@ class Auto(FixedPointSolver):
             return [(picard, states + 1), *rest], "A is strictly triangular"
         if kappa is not None and work <= self.CHEAP:
             rate = kappa
-            if affine and kappa > 0.6 and samples > 1:
+            if isinstance(f, AffineMap) and kappa > 0.6 and samples > 1:
                 rate = min(rate, _estimate(f))
             if rate <= 0.6:
                 return [(picard, 60), *rest], f"a contraction of rate about {rate:.2g}, cheap steps"

@@ -88,19 +88,11 @@ def positive_weights(weights: Tensor | None) -> Tensor | None:
 
 
 def infinity_bound(phi: Activation, entrywise: bool = False) -> float:
-    """Lipschitz constant of phi in the infinity norm; infinite where none is declared.
-
-    Entry by entry it is the largest slope. For a block activation the slope bounds the spectral
-    norm of the Jacobian only, so the block itself must declare `infinity_lipschitz`.
-    """
-    if phi.entrywise:
-        return phi.lipschitz
-    if entrywise:
+    """Lipschitz constant of phi in the infinity norm; infinite where it declares none, or where
+    an argument that needs phi entry by entry meets a block activation."""
+    if entrywise and not phi.entrywise:
         return float("inf")
-    parts = getattr(phi, "parts", None)
-    if parts:
-        return max(infinity_bound(part) for part, _ in parts)
-    return float(getattr(phi, "infinity_lipschitz", float("inf")))
+    return phi.infinity_lipschitz
 
 
 def refusal(this: WellPosedSet, phi: Activation, why: str, way_out: str) -> ValueError:

@@ -176,8 +176,8 @@ def infinity_lipschitz(phi: Activation, width: int) -> np.ndarray | None:
     """
     out: list[float] = []
     for part, n in getattr(phi, "parts", None) or ((phi, width),):
-        bound = part.lipschitz if part.entrywise else getattr(part, "infinity_lipschitz", None)
-        if bound is None:
+        bound = part.infinity_lipschitz
+        if bound == float("inf"):
             return None
         out += [float(bound)] * n
     return np.array(out)

@@ -8,7 +8,7 @@ A is well-posed if and only if each diagonal block is, so every component may ha
 """
 
 from dataclasses import dataclass, field, replace
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -348,8 +348,8 @@ def _open_case(
             pair = refute_component(p, seed)
             full = refute_whole(whole, p, pair, seed) if pair is not None else None
             if full is not None:
-                found = tuple(torch.from_numpy(x).to(device) for x in full), p
-                shown = tuple(torch.from_numpy(x).to(device) for x in pair)
+                found = _triple(full, device), p
+                shown = _triple(pair, device)
                 part = replace(part, status="ill-posed", equilibria=shown, reason="")
         if not p.loopless:
             parts.append(part)
@@ -367,3 +367,9 @@ def _open_case(
         states=tuple(whole.states.tolist()),
         reason=f"both residuals are at rounding level{where}; {_ADVICE}",
     )  # fmt: skip
+
+
+def _triple(arrays: Any, device: Any) -> tuple[Tensor, Tensor, Tensor]:
+    """(b, x1, x2) as tensors."""
+    b, x1, x2 = (torch.from_numpy(x).to(device) for x in arrays)
+    return b, x1, x2

@@ -27,6 +27,8 @@ class StrictlyUpper(WellPosedSet):
         El Ghaoui, Gu, Travacca, Askari and Tsai 2021, section 3.2.
     """
 
+    block: Tensor
+
     def __init__(self, sizes: tuple[int, ...] | None = None):
         super().__init__()
         if sizes is not None and (len(sizes) == 0 or min(sizes) < 1):
@@ -71,7 +73,7 @@ class StrictlyUpper(WellPosedSet):
         if inside:
             edges = set(np.cumsum((0, *self.sizes)).tolist())
             start = 0
-            for part, n in phi.parts:
+            for part, n in getattr(phi, "parts", ()):
                 if not part.entrywise and not edges.isdisjoint(range(start + 1, start + n)):
                     inside = False
                 start += n
@@ -350,12 +352,12 @@ class _SpectralExcess(torch.autograd.Function):
         return (V * (value - c).clamp_min(0)[..., None, :]) @ V.mT
 
     @staticmethod
-    def setup_context(ctx, inputs, output):
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
         ctx.c = inputs[1]
 
     @staticmethod
-    def backward(ctx, G: Tensor):
+    def backward(ctx: Any, G: Tensor) -> Any:  # type: ignore[override]
         (S,) = ctx.saved_tensors
         value, V = torch.linalg.eigh(S)
         f = (value - ctx.c).clamp_min(0)
