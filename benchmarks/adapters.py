@@ -119,6 +119,10 @@ class OurMonotoneLayer(Ours):
 
         return MonotoneLayer(INPUTS, OUTPUTS, STATES, max_step=3)
 
+    def build(self, **options: Any) -> nn.Module:
+        # Its weight is inside the set by construction, whatever the parameters: always active.
+        return super().build(**(options | {"active": False}))
+
 
 class Cell(nn.Module):
     """f(z, u) = tanh(A z + B u + b), a contraction at its initialisation."""
@@ -151,9 +155,11 @@ class Readout(nn.Module):
 
 class OurEquilibriumLayer(Ours):
     def _build(self, tight: bool, steps: int | None) -> nn.Module:
+        from implicitdl.implicit import Implicit
         from implicitdl.layers import EquilibriumLayer
 
-        return Readout(EquilibriumLayer(Cell(), STATES, solver=self.solver(tight, steps)))
+        solver = self.solver(tight, steps)
+        return Readout(EquilibriumLayer(Cell(), STATES, solver=solver, adjoint=Implicit(order=2)))
 
     def build(self, **options: Any) -> nn.Module:
         # The module is the user's own: there is no set that could act on its weight.
@@ -251,7 +257,8 @@ COLUMNS: dict[str, list[Adapter]] = {
     "EquilibriumLayer": [
         OurEquilibriumLayer(
             name="EquilibriumLayer",
-            about="f(z, u) = tanh(A z + B u + b) of the user, no constraint, and a linear readout.",
+            about="f(z, u) = tanh(A z + B u + b) of the user, no constraint, a linear "
+            "readout; adjoint=Implicit(order=2), since first derivatives are its default.",
         )
     ],
     "torchidl 0.0.4": [

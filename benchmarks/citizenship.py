@@ -21,6 +21,7 @@ import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parent))
 
@@ -33,7 +34,7 @@ from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
 Outcome = tuple[bool, str]
-Check = Callable[[Adapter], Outcome]
+Check = Callable[..., Outcome]
 CHECKS: dict[str, Check] = {}
 
 
@@ -42,11 +43,11 @@ def row(title: str) -> Callable[[Check], Check]:
 
     def register(check: Check) -> Check:
         @functools.wraps(check)
-        def seeded(adapter: Adapter) -> Outcome:
+        def seeded(adapter: Adapter, **options: Any) -> Outcome:
             torch.manual_seed(0)
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")  # a warning is no outcome: the numbers are judged
-                return check(adapter)
+                return check(adapter, **options)
 
         CHECKS[title] = seeded
         return seeded
@@ -134,7 +135,7 @@ def _differences(value: Callable[..., Tensor], at: list[Tensor]) -> Tensor:
 def _gradcheck(model: nn.Module, u: Tensor) -> Outcome:
     call, parameters = _function(model)
     at = [x.requires_grad_() for x in (u, *parameters)]
-    if gradcheck(call, at, raise_exception=False):
+    if gradcheck(call, at, raise_exception=False, fast_mode=True):
         return True, ""
     found = torch.autograd.grad(_loss(call, *at), at, allow_unused=True)
     errors, offset = [], 0  # of each argument on its own: a wrong dA must not hide behind dC
@@ -173,7 +174,7 @@ def check_gradgradcheck(adapter: Adapter) -> Outcome:
     error = _relative(got, _difference(gradient, at, along))
     if error > 1e-5:
         return False, f"wrong: {_percent(error)}"
-    return gradgradcheck(call, at, raise_exception=False), "gradgradcheck"
+    return gradgradcheck(call, at, raise_exception=False, fast_mode=True), "gradgradcheck"
 
 
 @row("forward mode (torch.func.jvp)")
@@ -270,7 +271,8 @@ def check_retain_graph(adapter: Adapter) -> Outcome:
 
 @row("bf16 autocast, solved in at least float32")
 def check_autocast(adapter: Adapter) -> Outcome:
-    model, u = adapter.build(dtype=torch.float32), _inputs(adapter, dtype=torch.float32)
+    model = adapter.build(dtype=torch.float32, tight=False)
+    u = _inputs(adapter, dtype=torch.float32)
     expected = adapter.state(model, u)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x = adapter.state(model, u)
@@ -491,7 +493,7 @@ def main(argv: list[str] | None = None) -> int:
                 texts.append("not installed")
                 continue
             for adapter in adapters:
-                limit = 180.0 if title == INDUCTOR else LIMIT.get(title, 25.0)
+                limit = 180.0 if title == INDUCTOR else LIMIT.get(title, 30.0)
                 results[title][adapter.name] = outcome(check, adapter, limit)
             texts.append(cell(results[title], adapters))
         rows.append([title, *texts])

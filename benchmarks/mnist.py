@@ -48,14 +48,15 @@ def measure(name: str, data: _data.Dataset, recipe: Recipe, seed: int) -> dict:
     """Train one model with one seed, then look at the test images."""
     torch.manual_seed(seed)
     model = build(name, data)
-    start = time.perf_counter()
+    start, cpu = time.perf_counter(), time.process_time()
     history = train(model, data, recipe, seed=seed, validate=False)
-    seconds = time.perf_counter() - start
+    seconds, cpu = time.perf_counter() - start, time.process_time() - cpu
     run = {
         "model": name,
         "seed": seed,
         "parameters": parameter_count(model),
         "seconds": seconds,
+        "cpu seconds": cpu,
         "loss": history["loss"][-1],
         "validation accuracy": accuracy(model, data.validation_images, data.validation_labels),
         "test accuracy": accuracy(model, data.test_images, data.test_labels),
@@ -127,13 +128,13 @@ def report(result: dict) -> str:
         + f"{result['images']['train']:,} training images; recipe chosen on "
         + f"{result['images']['validation']:,} validation images, test images seen once.",
         "",
-        "| model | seed | parameters | validation | test | training |",
-        "|---|---:|---:|---:|---:|---:|",
+        "| model | seed | parameters | validation | test | training | CPU |",
+        "|---|---:|---:|---:|---:|---:|---:|",
     ]
     lines += [
         f"| {r['model']} | {r['seed']} | {r['parameters']:,} | "
         f"{100 * r['validation accuracy']:.2f} % | {100 * r['test accuracy']:.2f} % | "
-        f"{r['seconds']:.0f} s |"
+        f"{r['seconds']:.0f} s | {r['cpu seconds']:.0f} s |"
         for r in result["runs"]
     ]
     lines += ["", "| model | test, mean | standard deviation | longest training |"]
@@ -168,9 +169,13 @@ def main() -> int:
     parser.add_argument("--epochs", type=int, help="passes over the training images")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     arguments = parser.parse_args()
-    seeds = arguments.seeds or (1 if arguments.quick else 3)
-    epochs = arguments.epochs or (3 if arguments.quick else Recipe().epochs)
+    seeds = (1 if arguments.quick else 3) if arguments.seeds is None else arguments.seeds
+    epochs = arguments.epochs
+    if epochs is None:
+        epochs = 3 if arguments.quick else Recipe().epochs
     recipe = Recipe(epochs=epochs)
+    if min(seeds, epochs) < 1:
+        parser.error(f"got {seeds} seeds and {epochs} epochs, expected at least one of each")
     try:
         data = standardized(_data.mnist(arguments.data))
     except _data.DataError as error:

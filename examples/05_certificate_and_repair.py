@@ -1,8 +1,8 @@
-"""certificate() shows two equilibria of an ill-posed A; the nearest well-posed A has one; prints both.
+"""certificate() finds two equilibria of an ill-posed A, the repaired A has one; it prints them all.
 
-x = relu(A x + b) with A = [[0.8, 0.9], [0.9, 0.8]] has, for one b, two solutions. A loop started at
-different points then returns different answers, each with residual zero: no solver can notice. The
-certificate does, shows both, and the sets of `implicitdl.wellposed` bring A back.
+x = relu(A x + b) with A = [[0.5, 2.0], [0.7, -1.0]] has, for one b, two solutions. A loop started
+at different points may then return different answers, each with residual zero: no solver can notice.
+The certificate does, shows both, and the sets of `implicitdl.wellposed` bring A back.
 
     python examples/05_certificate_and_repair.py [--seed N] [--quick]
 """
@@ -24,7 +24,7 @@ def main() -> None:
     torch.set_default_dtype(torch.float64)
 
     print("1. Reading a certificate")
-    A = torch.tensor([[0.8, 0.9], [0.9, 0.8]])
+    A = torch.tensor([[0.5, 2.0], [0.7, -1.0]])
     report = wellposed.certificate(A, ReLU(), seed=arguments.seed)
     print(report)
     b, x1, x2 = report.equilibria
@@ -39,19 +39,20 @@ def main() -> None:
         print(f"require() refuses it, margin {error.margin:.3g}\n")
 
     print("2. Repairing it: the nearest A of each set, and what it then certifies")
-    v = torch.tensor([1.0, 1.0])
+    # Perron-Frobenius is not convex without weights: there the distance is a local minimum.
     sets = [
         wellposed.InfNormBall(kappa=0.95),
-        wellposed.PerronFrobenius(kappa=0.95, weights=v),
+        wellposed.PerronFrobenius(kappa=0.95),
         wellposed.MatrixMeasure(gamma=0.95),
         wellposed.Monotone(m=0.05),
     ]
     for family in sets:
         repaired = family.project(A)
         moved = torch.linalg.matrix_norm(repaired - A)
+        margins = [round(float(family.margin(M)), 2) + 0.0 for M in (A, repaired)]
         proof = wellposed.certificate(repaired, ReLU())
         print(
-            f"{str(family):<48} margin {family.margin(A):+.2f} -> {family.margin(repaired):+.2f}, "
+            f"{family!s:<28} margin {margins[0]:+.2f} -> {margins[1]:.2f}, "
             f"moved by {moved:.3f}, {proof.condition}"
         )
         assert proof.well_posed and family.contains(repaired)
@@ -61,10 +62,12 @@ def main() -> None:
     proof = wellposed.certificate(repaired, ReLU())
     model = ImplicitModel(repaired, torch.eye(2), torch.eye(2))
     starts = 100 * torch.randn(5, 2)
-    states = model.solve(b.expand(5, 2), x0=starts).value
+    states = model.solve(b.abs().expand(5, 2), x0=starts).value
     spread = float((states - states[0]).abs().max())
-    bound = proof.error_bound(torch.relu(states @ repaired.mT + b) - states)
-    print(f"five random starts end within {spread:.1e}; certified error at most {bound.max():.1e}\n")
+    bound = proof.error_bound(torch.relu(states @ repaired.mT + b.abs()) - states)
+    print(
+        f"five random starts end within {spread:.1e}; certified error at most {bound.max():.1e}\n"
+    )
     assert spread <= 2 * float(bound.max())
 
     print("4. Rescaling: long rows are no obstacle where the Perron root of |A| is below 1")

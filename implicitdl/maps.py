@@ -34,7 +34,7 @@ class Linearization(Protocol):
 
 
 @dataclass(frozen=True, kw_only=True)
-class Scaled(Activation):
+class Scaled(Activation, register=False):
     """The linear activation w -> P_d w, the Jacobian of `phi` at a point where it is d.
 
     It turns a linearised equilibrium back into an equilibrium, w = P_d (A w + c), so that the
@@ -53,6 +53,11 @@ class Scaled(Activation):
     @property
     def entrywise(self) -> bool:  # type: ignore[override]
         """Whether P_d is diagonal."""
+        return self.phi.entrywise
+
+    @property
+    def cheap_prox(self) -> bool:  # type: ignore[override]
+        """Where P_d is diagonal."""
         return self.phi.entrywise
 
     homogeneous = True

@@ -53,7 +53,7 @@ class ImplicitModel:
         >>> import torch
         >>> from implicitdl import ImplicitModel
         >>> f = ImplicitModel(torch.tensor([[0.5]]), torch.eye(1), torch.eye(1))
-        >>> f(torch.tensor([[1.0], [-1.0]]))
+        >>> f(torch.tensor([[1.0], [-1.0]])).round(decimals=4)
         tensor([[2.],
                 [0.]])
     """

@@ -83,7 +83,7 @@ def training(
         ax.xaxis.get_major_locator().set_params(integer=True)
         _finish(ax)
         if len(models) > 1:
-            ax.legend(frameon=False)
+            ax.legend(frameon=False, loc="upper right" if logarithmic else "lower right")
     return axes[0].get_figure()
 
 

@@ -48,13 +48,17 @@ def chapter(context: Context) -> Section:
     )
     explicit = matched_mlp(data.features, data.classes, parameter_count(implicit))
     models: dict[str, nn.Module] = {"implicit": implicit, "explicit": explicit}
-    history = {name: _train(context, name, model, data, recipe) for name, model in models.items()}
+    with _threads(None if _many(data) else 1):
+        history = {
+            name: _train(context, name, model, data, recipe) for name, model in models.items()
+        }
 
     section = Section(
         title="Handwritten digits, read from the equilibrium  x = relu(A x + B u + b)"
     )
     section.add("data", _describe(data))
-    section.add("training", f"{recipe.epochs} epochs, the same recipe for both models")
+    epochs = f"{recipe.epochs} epoch" + "s" * (recipe.epochs > 1)
+    section.add("training", f"{epochs}, the same recipe for both models")
     widths = [m.out_features for m in explicit if isinstance(m, nn.Linear)]
     shapes = {
         "implicit": f"{states} states",

@@ -85,6 +85,11 @@ class Activation(abc.ABC):
         return max(map(abs, self.slope))
 
     @property
+    def cheap_prox(self) -> bool:
+        """Whether `prox` is a formula rather than an inner Newton iteration."""
+        return False
+
+    @property
     def infinity_lipschitz(self) -> float:
         """Lipschitz constant in the infinity norm: the largest slope where phi is entrywise; a
         block activation declares its own, since `slope` bounds only its spectral norm."""
@@ -194,6 +199,7 @@ class Activation(abc.ABC):
 
 
 def own_fields(cls: type[Activation]) -> Iterable[dataclasses.Field[Any]]:
+    """The parameters of an activation class."""
     return dataclasses.fields(cls) if dataclasses.is_dataclass(cls) else ()
 
 
@@ -240,6 +246,7 @@ def kl(p: Tensor, p_less_1: Tensor, log_q: Tensor) -> Tensor:
 
 
 def softplus(z: Tensor) -> Tensor:
+    """log(1 + e^z), without overflow."""
     return F.softplus(z, threshold=40.0)  # the default, 20, is 2e-9 off in float64
 
 
@@ -261,6 +268,7 @@ def halves(x: Tensor, z: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def require_finite(phi: Activation, name: str, positive: bool = False) -> None:
+    """Refuse a parameter that is infinite, NaN or, where asked, not positive."""
     value = getattr(phi, name)
     if not math.isfinite(value) or (positive and value <= 0):
         kind = "positive finite" if positive else "finite"

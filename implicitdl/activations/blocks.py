@@ -142,6 +142,10 @@ class Blocks(Activation):
         return max(phi.infinity_lipschitz for phi, _ in self.parts)
 
     @property
+    def cheap_prox(self) -> bool:
+        return all(phi.cheap_prox for phi, _ in self.parts)
+
+    @property
     def homogeneous(self) -> bool:
         return all(phi.homogeneous for phi, _ in self.parts)
 

@@ -13,6 +13,7 @@ class _Clip(Activation):
     """Projections onto an interval: g is its indicator, whose prox is phi for every t."""
 
     slope = (0.0, 1.0)
+    cheap_prox = True
 
     def potential(self, z: Tensor) -> Tensor:
         c = self(z)
@@ -97,6 +98,7 @@ class LeakyReLU(Activation):
 
     negative_slope: float = 0.01
     homogeneous = True
+    cheap_prox = True
 
     def __post_init__(self) -> None:
         require_finite(self, "negative_slope")
@@ -146,6 +148,7 @@ class SoftShrink(Activation):
 
     threshold: float = 0.5
     slope = (0.0, 1.0)
+    cheap_prox = True
 
     def __post_init__(self) -> None:
         require_finite(self, "threshold", positive=True)

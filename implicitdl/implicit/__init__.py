@@ -80,7 +80,8 @@ def fixed_point(
         >>> import torch, implicitdl
         >>> a = torch.tensor(2.0, requires_grad=True)
         >>> z = implicitdl.fixed_point(lambda z: (z + a / z) / 2, torch.ones(1, 1)).value
-        >>> z.backward(); round(float(z), 4), round(float(a.grad), 4)
+        >>> z.backward()
+        >>> round(z.item(), 4), round(a.grad.item(), 4)
         (1.4142, 0.3536)
     """
     check_on_failure(on_failure)

@@ -24,8 +24,9 @@ class Auto(FixedPointSolver):
     - a certified contraction whose rate (the certificate's, or for a small map an estimate of
       ||A||_2 times the largest slope) is at most 0.6: Picard, where one product is cheap beside
       the arithmetic of an acceleration.
-    - a single small system: Newton with LU.
-    - strongly monotone, slopes in [0, 1], a batch large enough to pay for one inverse:
+    - a small system (n <= 32, or 128 for one sample): Newton with LU.
+    - strongly monotone, slopes in [0, 1], a prox in closed form, a batch large enough to pay for
+      one inverse:
       Peaceman-Rachford.
     - any other certified contraction: Broyden; anything else: Anderson.
     A solver that has used up its budget hands the unfinished samples to the next: Anderson, then
@@ -34,6 +35,8 @@ class Auto(FixedPointSolver):
 
     # Multiply-adds of one evaluation below which the bookkeeping of an acceleration costs more.
     CHEAP = 1 << 24
+    # Of factorising the whole batch, below which a Newton step by LU is cheaper than several others.
+    SMALL = 1 << 18  # m n^3
 
     def choose(self, f: Map, samples: int, states: int) -> tuple[list[tuple[Any, float]], str]:
         """The solvers to try, each with the evaluations it may spend, and the reason."""
@@ -52,15 +55,15 @@ class Auto(FixedPointSolver):
                 rate = min(rate, _estimate(f))
             if rate <= 0.6:
                 return [(picard, 60), *rest], f"a contraction of rate about {rate:.2g}, cheap steps"
-        if affine and samples == 1 and states <= 128:
-            return [(Newton(**common), 40), *rest], f"one sample of {states} states: LU is cheapest"
+        if affine and states <= (128 if samples == 1 else 32) and samples * states**3 <= self.SMALL:
+            return [(Newton(**common), 40), *rest], "a small system: LU is cheapest"
         if kappa is not None:
             plan = [(Broyden(**common), 200), *rest]
             return plan, f"a certified contraction of factor {kappa:.3g}"
         if f.monotone is None:
             return rest, "nothing certified"
         reason = f"strongly monotone, m = {f.monotone:.3g}"
-        prox = f.phi.monotone and f.phi.nonexpansive and f.A.dim() == 2
+        prox = f.phi.cheap_prox and f.phi.monotone and f.phi.nonexpansive and f.A.dim() == 2
         if prox and states <= 8 * samples:
             plan = [(PeacemanRachford(**common), 200), *rest]
             return plan, f"{reason}; {samples} samples pay for an inverse"
