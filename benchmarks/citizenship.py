@@ -29,11 +29,23 @@ import torch
 import torch.distributed as dist
 from _harness import in_child, machine, machine_line, table, write_results
 from adapters import ADAPTERS, COLUMNS, Adapter
+from judging import (
+    Outcome,
+    difference,
+    differences,
+    flat,
+    function,
+    gradient,
+    inputs,
+    judge,
+    loss,
+    percent,
+    relative,
+)
 from torch import Tensor, nn
 from torch.autograd import gradcheck, gradgradcheck
 from torch.func import functional_call, grad, jacrev, jvp, stack_module_state, vmap
 
-Outcome = tuple[bool, str]
 Check = Callable[..., Outcome]
 CHECKS: dict[str, Check] = {}
 
@@ -55,170 +67,94 @@ def row(title: str) -> Callable[[Check], Check]:
     return register
 
 
-# --- the numbers that outcomes are judged by
-
-
-def _inputs(adapter: Adapter, batch: int = 3, dtype: torch.dtype = torch.float64) -> Tensor:
-    generator = torch.Generator().manual_seed(1)
-    return torch.randn(batch, adapter.inputs, dtype=dtype, generator=generator)
-
-
-def _relative(got: Tensor, expected: Tensor) -> float:
-    if got.shape != expected.shape:
-        return float("inf")
-    error = torch.linalg.vector_norm((got - expected).double())
-    return float(error / torch.linalg.vector_norm(expected.double()).clamp_min(1e-30))
-
-
-def _judge(error: float, bound: float) -> Outcome:
-    return error <= bound, "" if error <= bound else f"wrong: {_percent(error)}"
-
-
-def _percent(error: float) -> str:
-    return f"{100 * error:.0f} %" if 0.005 <= error < 100 else f"{error:.1g}"
-
-
-def _flat(tensors: list[Tensor | None], like: list[Tensor]) -> Tensor:
-    pairs = zip(tensors, like, strict=True)
-    return torch.cat([(torch.zeros_like(p) if t is None else t).reshape(-1) for t, p in pairs])
-
-
-def _function(model: nn.Module) -> tuple[Callable[..., Tensor], list[Tensor]]:
-    """(u, *parameters) -> y, and the parameters: what gradcheck and torch.func want."""
-    names = [name for name, _ in model.named_parameters()]
-
-    def call(u: Tensor, *values: Tensor) -> Tensor:
-        return functional_call(model, dict(zip(names, values, strict=True)), (u,))
-
-    return call, [p.detach().clone() for p in model.parameters()]
-
-
-def _gradient(model: nn.Module, u: Tensor, scale: float = 1.0) -> Tensor:
-    """The gradient of scale * sum(w y) by all parameters, as one vector."""
-    parameters = list(model.parameters())
-    y = model(u)
-    weights = torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y)
-    loss = (weights * y).sum() * scale
-    return _flat(list(torch.autograd.grad(loss, parameters, allow_unused=True)), parameters)
-
-
-def _loss(call: Callable[..., Tensor], *arguments: Tensor) -> Tensor:
-    y = call(*arguments)
-    return (torch.linspace(-1, 1, y.numel(), dtype=y.dtype).view_as(y) * y.sin()).sum()
-
-
-def _difference(value: Callable[..., Tensor], at: list[Tensor], along: list[Tensor]) -> Tensor:
-    """Central differences of fourth order along a direction."""
-    h = 2e-4
-
-    def shifted(t: float) -> Tensor:
-        moved = [(x + t * h * d).detach().requires_grad_() for x, d in zip(at, along, strict=True)]
-        return value(*moved).detach()
-
-    return (8 * (shifted(1) - shifted(-1)) - (shifted(2) - shifted(-2))) / (12 * h)
-
-
-def _differences(value: Callable[..., Tensor], at: list[Tensor]) -> Tensor:
-    """The gradient by central differences, one coordinate after the other."""
-    columns = []
-    for i, x in enumerate(at):
-        for j in range(x.numel()):
-            along = [torch.zeros_like(y) for y in at]
-            along[i].view(-1)[j] = 1
-            columns.append(_difference(value, at, along))
-    return torch.stack(columns)
-
-
 # --- derivatives
 
 
 def _gradcheck(model: nn.Module, u: Tensor) -> Outcome:
-    call, parameters = _function(model)
+    call, parameters = function(model)
     at = [x.requires_grad_() for x in (u, *parameters)]
     if gradcheck(call, at, raise_exception=False, fast_mode=True):
         return True, ""
-    found = torch.autograd.grad(_loss(call, *at), at, allow_unused=True)
+    found = torch.autograd.grad(loss(call, *at), at, allow_unused=True)
     errors, offset = [], 0  # of each argument on its own: a wrong dA must not hide behind dC
-    expected = _differences(lambda *x: _loss(call, *x), at)
+    expected = differences(lambda *x: loss(call, *x), at)
     for x, g in zip(at, found, strict=True):
         part = expected[offset : offset + x.numel()]
-        errors.append(_relative(_flat([g], [x]), part))
+        errors.append(relative(flat([g], [x]), part))
         offset += x.numel()
-    return False, f"wrong: {_percent(max(errors))}"
+    return False, f"wrong: {percent(max(errors))}"
 
 
 @row("gradcheck (float64), constraint inactive")
 def check_gradcheck_inactive(adapter: Adapter) -> Outcome:
-    return _gradcheck(adapter.build(), _inputs(adapter, 2))
+    return _gradcheck(adapter.build(), inputs(adapter, 2))
 
 
 @row("gradcheck (float64), constraint active")
 def check_gradcheck(adapter: Adapter) -> Outcome:
-    return _gradcheck(adapter.build(active=True), _inputs(adapter, 2))
+    return _gradcheck(adapter.build(active=True), inputs(adapter, 2))
 
 
 @row("gradgradcheck (float64), constraint active")
 def check_gradgradcheck(adapter: Adapter) -> Outcome:
-    call, parameters = _function(adapter.build(active=True))
-    at = [x.requires_grad_() for x in (_inputs(adapter, 2), *parameters)]
+    call, parameters = function(adapter.build(active=True))
+    at = [x.requires_grad_() for x in (inputs(adapter, 2), *parameters)]
 
     def gradient(*x: Tensor, create_graph: bool = False) -> Tensor:
-        found = torch.autograd.grad(
-            _loss(call, *x), x, allow_unused=True, create_graph=create_graph
-        )
-        return _flat(list(found), list(x))
+        found = torch.autograd.grad(loss(call, *x), x, allow_unused=True, create_graph=create_graph)
+        return flat(list(found), list(x))
 
     along = [torch.randn_like(x) for x in at]
-    product = gradient(*at, create_graph=True) @ _flat(list(along), at)
-    got = _flat(list(torch.autograd.grad(product, at, allow_unused=True)), at)
-    error = _relative(got, _difference(gradient, at, along))
+    product = gradient(*at, create_graph=True) @ flat(list(along), at)
+    got = flat(list(torch.autograd.grad(product, at, allow_unused=True)), at)
+    error = relative(got, difference(gradient, at, along))
     if error > 1e-5:
-        return False, f"wrong: {_percent(error)}"
+        return False, f"wrong: {percent(error)}"
     return gradgradcheck(call, at, raise_exception=False, fast_mode=True), "gradgradcheck"
 
 
 @row("forward mode (torch.func.jvp)")
 def check_forward_mode(adapter: Adapter) -> Outcome:
-    call, parameters = _function(adapter.build(active=True))
-    at = [_inputs(adapter), *parameters]
+    call, parameters = function(adapter.build(active=True))
+    at = [inputs(adapter), *parameters]
     along = [torch.randn_like(x) for x in at]
     _, got = jvp(call, tuple(at), tuple(along))
-    return _judge(_relative(got, _difference(call, at, along)), 1e-6)
+    return judge(relative(got, difference(call, at, along)), 1e-6)
 
 
 @row("vmap over inputs")
 def check_vmap_inputs(adapter: Adapter) -> Outcome:
     model = adapter.build()
-    u = _inputs(adapter, 6).view(3, 2, -1)
+    u = inputs(adapter, 6).view(3, 2, -1)
     got = vmap(model)(u)
-    return _judge(_relative(got, torch.stack([model(x) for x in u])), 1e-8)
+    return judge(relative(got, torch.stack([model(x) for x in u])), 1e-8)
 
 
 @row("vmap over parameters")
 def check_vmap_parameters(adapter: Adapter) -> Outcome:
     models = [adapter.build(seed=seed) for seed in range(3)]
     parameters, buffers = stack_module_state(models)
-    u = _inputs(adapter)
+    u = inputs(adapter)
     got = vmap(lambda p, b: functional_call(models[0], (p, b), (u,)))(parameters, buffers)
-    return _judge(_relative(got, torch.stack([model(u) for model in models])), 1e-8)
+    return judge(relative(got, torch.stack([model(u) for model in models])), 1e-8)
 
 
 @row("jacrev")
 def check_jacrev(adapter: Adapter) -> Outcome:
     model = adapter.build()
-    u = _inputs(adapter, 1)
+    u = inputs(adapter, 1)
     got = jacrev(model)(u)[0, :, 0]  # (outputs, inputs)
     columns = [
-        _difference(model, [u], [torch.eye(adapter.inputs, dtype=u.dtype)[j : j + 1]])[0]
+        difference(model, [u], [torch.eye(adapter.inputs, dtype=u.dtype)[j : j + 1]])[0]
         for j in range(adapter.inputs)
     ]
-    return _judge(_relative(got, torch.stack(columns, dim=1)), 1e-6)
+    return judge(relative(got, torch.stack(columns, dim=1)), 1e-6)
 
 
 @row("per-sample gradients, vmap(grad)")
 def check_per_sample(adapter: Adapter) -> Outcome:
     model = adapter.build()
-    u = _inputs(adapter)
+    u = inputs(adapter)
     parameters = {k: p.detach() for k, p in model.named_parameters()}
 
     def loss(p: Mapping[str, Tensor], x: Tensor) -> Tensor:
@@ -229,9 +165,9 @@ def check_per_sample(adapter: Adapter) -> Outcome:
     rows = []
     for x in u:
         each = torch.autograd.grad(model(x[None]).square().sum(), own, allow_unused=True)
-        rows.append(_flat(list(each), own))
-    flat = torch.cat([got[k].reshape(len(u), -1) for k in names], dim=1)
-    return _judge(_relative(flat, torch.stack(rows)), 1e-7)
+        rows.append(flat(list(each), own))
+    together = torch.cat([got[k].reshape(len(u), -1) for k in names], dim=1)
+    return judge(relative(together, torch.stack(rows)), 1e-7)
 
 
 # --- autograd's habits
@@ -239,40 +175,40 @@ def check_per_sample(adapter: Adapter) -> Outcome:
 
 @row("gradients in eval mode")
 def check_eval_mode(adapter: Adapter) -> Outcome:
-    model, u = adapter.build(), _inputs(adapter)
-    expected = _gradient(model.train(), u)
-    return _judge(_relative(_gradient(model.eval(), u), expected), 1e-8)
+    model, u = adapter.build(), inputs(adapter)
+    expected = gradient(model.train(), u)
+    return judge(relative(gradient(model.eval(), u), expected), 1e-8)
 
 
 @row("two forwards before one backward")
 def check_two_forwards(adapter: Adapter) -> Outcome:
-    model, u = adapter.build(), _inputs(adapter)
+    model, u = adapter.build(), inputs(adapter)
     parameters = list(model.parameters())
     single = [
         torch.autograd.grad(model(x).sum(), parameters, allow_unused=True) for x in (u, 2 * u)
     ]
-    expected = sum(_flat(list(g), parameters) for g in single)
+    expected = sum(flat(list(g), parameters) for g in single)
     both = model(u).sum() + model(2 * u).sum()
-    got = _flat(list(torch.autograd.grad(both, parameters, allow_unused=True)), parameters)
-    return _judge(_relative(got, expected), 1e-9)
+    got = flat(list(torch.autograd.grad(both, parameters, allow_unused=True)), parameters)
+    return judge(relative(got, expected), 1e-9)
 
 
 @row("repeated backward with retain_graph")
 def check_retain_graph(adapter: Adapter) -> Outcome:
-    model, u = adapter.build(), _inputs(adapter)
+    model, u = adapter.build(), inputs(adapter)
     parameters = list(model.parameters())
     loss = model(u).square().sum()
     first, second = (
-        _flat(list(torch.autograd.grad(loss, parameters, retain_graph=keep)), parameters)
+        flat(list(torch.autograd.grad(loss, parameters, retain_graph=keep)), parameters)
         for keep in (True, False)
     )
-    return _judge(_relative(second, first), 1e-12)
+    return judge(relative(second, first), 1e-12)
 
 
 @row("bf16 autocast, solved in at least float32")
 def check_autocast(adapter: Adapter) -> Outcome:
     model = adapter.build(dtype=torch.float32, tight=False)
-    u = _inputs(adapter, dtype=torch.float32)
+    u = inputs(adapter, dtype=torch.float32)
     expected = adapter.state(model, u)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         x = adapter.state(model, u)
@@ -282,14 +218,14 @@ def check_autocast(adapter: Adapter) -> Outcome:
         return False, "gradients not finite"
     if torch.finfo(x.dtype).eps > torch.finfo(torch.float32).eps:
         return False, f"solved in {str(x.dtype).removeprefix('torch.')}"
-    return _judge(_relative(x, expected), 1e-4)
+    return judge(relative(x, expected), 1e-4)
 
 
 @row("gradient of loss x 1e-8 is gradient x 1e-8")
 def check_scale(adapter: Adapter) -> Outcome:
     model = adapter.build(dtype=torch.float32, tight=False)
-    u = _inputs(adapter, dtype=torch.float32)
-    return _judge(_relative(_gradient(model, u, 1e-8) * 1e8, _gradient(model, u)), 1e-4)
+    u = inputs(adapter, dtype=torch.float32)
+    return judge(relative(gradient(model, u, 1e-8) * 1e8, gradient(model, u)), 1e-4)
 
 
 # --- copies, files, compilers, processes
@@ -297,7 +233,7 @@ def check_scale(adapter: Adapter) -> Outcome:
 
 @row("deepcopy, after a forward pass")
 def check_deepcopy(adapter: Adapter) -> Outcome:
-    model, u = adapter.build(), _inputs(adapter)
+    model, u = adapter.build(), inputs(adapter)
     before = model(u).detach()
     twin = copy.deepcopy(model)
     with torch.no_grad():
@@ -308,14 +244,14 @@ def check_deepcopy(adapter: Adapter) -> Outcome:
 
 @row("pickle")
 def check_pickle(adapter: Adapter) -> Outcome:
-    model, u = adapter.build(), _inputs(adapter)
+    model, u = adapter.build(), inputs(adapter)
     twin = pickle.loads(pickle.dumps(model))
     return torch.equal(twin(u), model(u)), "the copy's output differs"
 
 
 @row("state_dict round trip")
 def check_state_dict(adapter: Adapter) -> Outcome:
-    model, other, u = adapter.build(), adapter.build(seed=1), _inputs(adapter)
+    model, other, u = adapter.build(), adapter.build(seed=1), inputs(adapter)
     file = io.BytesIO()
     torch.save(model.state_dict(), file)
     file.seek(0)
@@ -325,28 +261,28 @@ def check_state_dict(adapter: Adapter) -> Outcome:
 
 @row("torch.compile(fullgraph=True), forward and backward")
 def check_compile(adapter: Adapter, backend: str = "aot_eager") -> Outcome:
-    model, u = adapter.build(), _inputs(adapter)
+    model, u = adapter.build(), inputs(adapter)
     torch.compiler.reset()
     compiled = torch.compile(model, fullgraph=True, backend=backend)
-    error = _relative(compiled(u), model(u))
+    error = relative(compiled(u), model(u))
     if error > 1e-9:
-        return False, f"wrong: {_percent(error)}"
-    return _judge(_relative(_gradient(compiled, u), _gradient(model, u)), 1e-9)
+        return False, f"wrong: {percent(error)}"
+    return judge(relative(gradient(compiled, u), gradient(model, u)), 1e-9)
 
 
 @row("torch.export of an inference graph")
 def check_export(adapter: Adapter) -> Outcome:
-    model, u = adapter.build().eval(), _inputs(adapter)
+    model, u = adapter.build().eval(), inputs(adapter)
     with torch.no_grad():
         program = torch.export.export(model, (u,))
-        return _judge(_relative(program.module()(2 * u), model(2 * u)), 1e-9)
+        return judge(relative(program.module()(2 * u), model(2 * u)), 1e-9)
 
 
 @row("DistributedDataParallel, two gloo processes")
 def check_ddp(adapter: Adapter) -> Outcome:
-    model, u = adapter.build(), _inputs(adapter, 4)
+    model, u = adapter.build(), inputs(adapter, 4)
     model(u).square().sum(-1).mean().backward()
-    expected = _flat([p.grad for p in model.parameters()], list(model.parameters()))
+    expected = flat([p.grad for p in model.parameters()], list(model.parameters()))
     context = torch.multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         workers = [
@@ -365,7 +301,7 @@ def check_ddp(adapter: Adapter) -> Outcome:
         if said.exists():
             raise RuntimeError(said.read_text())
         got = torch.load(Path(folder, "gradient"), weights_only=True)
-    return _judge(_relative(got, expected), 1e-6)
+    return judge(relative(got, expected), 1e-6)
 
 
 def _ddp_worker(rank: int, folder: str, name: str) -> None:
@@ -376,11 +312,11 @@ def _ddp_worker(rank: int, folder: str, name: str) -> None:
         store = f"file://{folder}/store"
         dist.init_process_group("gloo", init_method=store, rank=rank, world_size=2)
         model = nn.parallel.DistributedDataParallel(adapter.build())
-        half = _inputs(adapter, 4)[2 * rank : 2 * rank + 2]
+        half = inputs(adapter, 4)[2 * rank : 2 * rank + 2]
         model(half).square().sum(-1).mean().backward()
         if rank == 0:
             parameters = list(model.parameters())
-            torch.save(_flat([p.grad for p in parameters], parameters), Path(folder, "gradient"))
+            torch.save(flat([p.grad for p in parameters], parameters), Path(folder, "gradient"))
         dist.barrier()
         dist.destroy_process_group()
     except Exception as error:  # noqa: BLE001 - reported by the parent
@@ -393,7 +329,7 @@ def _ddp_worker(rank: int, folder: str, name: str) -> None:
 @row("NaN in one sample leaves the others bit-identical")
 def check_nan(adapter: Adapter) -> Outcome:
     model = adapter.build(dtype=torch.float32, tight=False)
-    u = _inputs(adapter, 5, torch.float32)
+    u = inputs(adapter, 5, torch.float32)
     expected = adapter.state(model, u)
     ill = u.clone()
     ill[1] = torch.nan
@@ -401,14 +337,14 @@ def check_nan(adapter: Adapter) -> Outcome:
     others = [0, 2, 3, 4]
     if torch.equal(got[others], expected[others]):
         return True, ""
-    return False, f"wrong: {_percent(_relative(got[others], expected[others]))}"
+    return False, f"wrong: {percent(relative(got[others], expected[others]))}"
 
 
 @row("a solve that stops short raises")
 def check_stops_short(adapter: Adapter) -> Outcome:
     model = adapter.build(dtype=torch.float32, tight=False, steps=2)
     try:
-        model(_inputs(adapter, 5, torch.float32))
+        model(inputs(adapter, 5, torch.float32))
     except Exception as error:  # noqa: BLE001 - its kind is judged
         return True, type(error).__name__
     return False, "returns a value"
@@ -425,10 +361,10 @@ def check_misspelt(adapter: Adapter) -> Outcome:
 
 @row("two models with different tolerances do not interfere")
 def check_interference(adapter: Adapter) -> Outcome:
-    model, u = adapter.build(), _inputs(adapter)
+    model, u = adapter.build(), inputs(adapter)
     before = model(u).detach()
     adapter.build(dtype=torch.float32, tight=False, steps=2)
-    return _judge(_relative(model(u).detach(), before), 0.0)
+    return judge(relative(model(u).detach(), before), 0.0)
 
 
 # --- the table

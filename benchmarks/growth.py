@@ -15,7 +15,7 @@ from search import Search, measure
 
 BASE = {"n": 512, "batch": 64, "kappa": 0.9}
 GROWTH = {"n": (64, 512, 2048), "batch": (1, 64, 256), "kappa": (0.5, 0.9, 0.99)}
-GROWING = ("implicitdl", "torchdeq anderson", "torchdeq fixed_point_iter", "torchidl")
+GROWING = ("implicitdl", "torchdeq anderson tuned", "torchdeq fixed_point_iter", "torchidl")
 
 
 def memory_of(name: str, n: int, batch: int, kappa: float) -> float:
@@ -25,7 +25,13 @@ def memory_of(name: str, n: int, batch: int, kappa: float) -> float:
     picard = "anderson" not in name
     steps = int(math.log(1e-5) / math.log(kappa) * 1.2) + 10 if picard else 100
     problem.__dict__["exact"] = (problem.v.double(), problem.g.double(), problem.A)
-    setting = Setting(forward=1e-5, backward=1e-5, forward_steps=steps, backward_steps=steps)
+    setting = Setting(
+        forward=1e-5,
+        backward=1e-5,
+        forward_steps=steps,
+        backward_steps=steps,
+        options=who.candidates(problem)[0],
+    )
     make_small = make(f"nonneg-{kappa}", 8, 2)
     make_small.__dict__["exact"] = (make_small.v.double(), make_small.g.double(), make_small.A)
     who.run(make_small, setting, True)()  # code and libraries are loaded, threads started
@@ -70,7 +76,9 @@ def growth(search: Search, names: Sequence[str], quick: bool) -> tuple[str, dict
     """Tables of time and peak memory against n, batch and 1/(1 - kappa), around one base point."""
     points: list[dict[str, Any]] = []
     for key, values in GROWTH.items():
-        for value in values[:2] if quick and key == "n" else values:
+        if quick and key != "kappa":
+            continue
+        for value in values:
             point = BASE | {key: value}
             if point not in points:
                 points.append(point)
@@ -78,7 +86,7 @@ def growth(search: Search, names: Sequence[str], quick: bool) -> tuple[str, dict
     seconds: dict[str, list[float]] = {c.name: [] for c in who}
     for point in points:
         problem = make(f"nonneg-{point['kappa']}", point["n"], point["batch"])
-        cell = measure(problem, True, who, search, 0.6 if quick else 2.0)
+        cell = measure(problem, True, who, search, 0.4 if quick else 2.0)
         for result in cell.results:
             seconds[result.name].append(math.nan if result.missed else result.seconds)
     peaks = memory_table(points, [c.name for c in who])
@@ -95,6 +103,7 @@ def growth(search: Search, names: Sequence[str], quick: bool) -> tuple[str, dict
             )
             cells = [f"{duration(seconds[c.name][i])}, {peaks[c.name][i]:.1f} MiB" for c in who]
             rows.append([label, *cells])
-        text.append(table(["", *(c.name for c in who)], rows))
+        if rows:
+            text.append(table(["", *(c.name for c in who)], rows))
     data = {"points": points, "seconds": seconds, "peak_mib": peaks}
     return "\n\n".join(text), data

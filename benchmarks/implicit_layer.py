@@ -40,10 +40,12 @@ def describe(result: Result | None) -> str:
     return "none" if result is None else f"{result.name}, {duration(result.seconds)}"
 
 
-def times(ratio: float) -> str:
+def times(cell: Cell, tier: int = TUNED) -> str:
+    """The ratio as text: with > where the peers were stopped."""
+    ratio = cell.ratio(tier)
     if math.isinf(ratio):
         return "only ours"
-    return "-" if math.isnan(ratio) else f"{ratio:.2f}"
+    return "-" if math.isnan(ratio) else f"{'> ' * cell.bounded(tier)}{ratio:.2f}"
 
 
 TIERS = {
@@ -106,7 +108,7 @@ def short(cells: Sequence[Cell]) -> str:
             c.problem, c.n, c.batch, c.mode,
             mine.missed or duration(mine.seconds),
             f"{mine.residual:.0e}" if c.mode == MODES[0] else f"{max(mine.dA, mine.dv):.0e}",
-            describe(c.peer()), times(c.ratio()), times(c.ratio(AS_IT_COMES)),
+            describe(c.peer()), times(c), times(c, AS_IT_COMES),
             f"{c.best_products} / {mine.products}",
             f"{mine.seconds / c.floor():.1f}" if not mine.missed else "-",
             f"{mine.seconds / c.own_floor():.1f}" if math.isfinite(c.own_floor()) else "-",
@@ -146,7 +148,7 @@ def main(argv: list[str] | None = None) -> int:
         [64] if options.quick else [1, 64, 256]
     )
     names = [x for x in options.problems.split(",") if x]
-    minutes = options.minutes or (1.6 if options.quick else 13.0)
+    minutes = options.minutes or (1.2 if options.quick else 12.5)
     reserve = 0 if options.no_growth else (25 if options.quick else 100)
     end = time.perf_counter() + 60 * minutes - reserve
 
@@ -178,8 +180,8 @@ def main(argv: list[str] | None = None) -> int:
             print(
                 f"{cell[0]:>12} n={cell[1]:<4} batch={cell[2]:<3} {result.mode:<18} "
                 f"ours {mine.missed or duration(mine.seconds):>9}  "
-                f"peer {describe(result.peer()):<36} ratio {times(result.ratio())} "
-                f"(untuned {times(result.ratio(AS_IT_COMES))})",
+                f"peer {describe(result.peer()):<36} ratio {times(result)} "
+                f"(untuned {times(result, AS_IT_COMES)})",
                 flush=True,
             )
     parts = [f"# Implicit layers: speed at equal accuracy\n\n{machine_line(facts)}; float32."]

@@ -35,6 +35,7 @@ class Result:
     dv: float = math.nan
     products: int | None = None
     missed: str = ""  # why it does not count
+    stopped: bool = False  # it was still running after `seconds`: its time is larger
 
     def judge(self, gradient: bool) -> bool:
         """Whether the accuracy asked for was reached."""
@@ -110,7 +111,8 @@ class Search:
             try:
                 last = attempt(who, problem, setting, gradient, limit)
             except TimeUp:
-                last.setting, last.seconds, last.missed = setting, limit, "slow"
+                last.setting, last.seconds, last.missed = setting, limit, f"> {duration(limit)}"
+                last.stopped = True
                 return last
             except Exception as error:  # noqa: BLE001 - an outcome like any other
                 last.missed = f"{type(error).__name__}: {str(error)[:60]}"
@@ -141,6 +143,9 @@ def _steps_down(excess: float) -> int:
 
 
 def _worse(a: Result, b: Result) -> bool:
+    """Whether b says more than a about how a competitor failed: stopped, then closest."""
+    if a.stopped or b.stopped:  # the shortest time that a candidate was given bounds them all
+        return b.stopped and (not a.stopped or b.seconds < a.seconds)
     return not math.isfinite(a.residual) or b.residual < a.residual
 
 
@@ -173,11 +178,29 @@ class Cell:
         return min(good, key=lambda r: r.seconds, default=None)
 
     def ratio(self, tier: int = TUNED) -> float:
-        """Time of the fastest accurate peer over ours; infinite where there is no such peer."""
-        peer, mine = self.peer(tier), self.ours()
+        """Time of the fastest accurate peer over ours; infinite where every peer has missed.
+
+        A peer that was stopped counts with the time that it had by then, so the ratio may be too
+        small, never too large; `bounded` says so.
+        """
+        times = [x for x in (self._accurate(tier), self._stopped(tier)) if x is not None]
+        mine = self.ours()
         if mine.missed:
-            return 0.0 if peer else math.nan
-        return peer.seconds / mine.seconds if peer else math.inf
+            return 0.0 if times else math.nan
+        return min(times) / mine.seconds if times else math.inf
+
+    def bounded(self, tier: int = TUNED) -> bool:
+        """Whether the ratio is only a lower bound: who was stopped may be the fastest."""
+        accurate, stopped = self._accurate(tier), self._stopped(tier)
+        return stopped is not None and (accurate is None or stopped < accurate)
+
+    def _accurate(self, tier: int) -> float | None:
+        peer = self.peer(tier)
+        return None if peer is None else peer.seconds
+
+    def _stopped(self, tier: int) -> float | None:
+        times = [r.seconds for r in self.results if r.stopped and not r.ours and r.tier <= tier]
+        return min(times, default=None)
 
     def floor(self) -> float:
         return self.product * self.best_products
@@ -200,12 +223,10 @@ def measure(
         else:
             # With nobody to compare with, long enough to show that ours is several times faster.
             mine = max([r.seconds for r in results if r.ours and not r.missed], default=0.0)
-            limit = max(3 * best, 0.5) if math.isfinite(best) else max(2 * budget, 5 * mine, 2.0)
+            limit = max(3 * best, 0.2) if math.isfinite(best) else max(8 * mine, 1.0)
         result = search.find(one, problem, gradient, limit)
         if not result.missed and not one.ours and one.tier <= TUNED:
             best = min(best, result.seconds)
-        if result.missed == "slow":
-            result.missed = f"> {duration(limit)}"
         results.append(result)
     runs = {
         one.name: one.run(problem, r.setting, gradient)

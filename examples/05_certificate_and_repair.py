@@ -1,8 +1,8 @@
 """certificate() finds two equilibria of an ill-posed A, the repaired A has one; it prints them all.
 
 x = relu(A x + b) with A = [[0.5, 2.0], [0.7, -1.0]] has, for one b, two solutions. A loop started
-at different points may then return different answers, each with residual zero: no solver can notice.
-The certificate does, shows both, and the sets of `implicitdl.wellposed` bring A back.
+at different points may return different answers, each with residual zero: no solver can notice. The
+certificate does, shows both, and the sets of `implicitdl.wellposed` bring A back.
 
     python examples/05_certificate_and_repair.py [--seed N] [--quick]
 """

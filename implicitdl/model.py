@@ -332,30 +332,45 @@ class ImplicitModel:
     def from_torchidl(
         state_dict: dict[str, Tensor],
         *,
-        kappa: float = 0.99,
+        kappa: float | None = 0.99,
+        bias: bool = False,
         phi: "Activation | str" = "relu",
     ) -> "ImplicitModel":
         """The model that torchidl's `ImplicitModel` computes with this state.
 
-        There A is scaled as a whole to A kappa / ||A||_inf on every call where ||A||_inf > kappa;
-        here the scaled A is stored. A low-rank state (`L`, `R`) is multiplied out first.
+        There a matrix M with ||M||_inf > kappa is scaled as a whole to kappa on every call: A, or
+        with `is_low_rank` first L and R^T and then their product. Here what it computes with is
+        stored.
 
         Args:
-            state_dict: with A (or L and R), B, C and, where it was used, D.
-            kappa: the bound that the torchidl model was made with.
+            state_dict: with A (or L and R), B, C and, unless it was made with `no_D`, D.
+            kappa: the bound that the torchidl model was made with; None for its upper triangular
+                variant, which keeps what is strictly above the diagonal and scales nothing.
+            bias: whether it was made with `bias=True`: the last column of B and D is then b and d.
             phi: its activation.
+
+        Raises:
+            ValueError: a matrix is missing.
         """
         state = dict(state_dict)
+
+        def scaled(M: Tensor) -> Tensor:
+            return M if kappa is None else M * (kappa / M.abs().sum(1).amax()).clamp(max=1.0)
+
         try:
-            A = state["A"] if "A" in state else state["L"] @ state["R"].mT
-            B, C = state["B"], state["C"]
+            A = state["A"] if "A" in state else scaled(state["L"]) @ scaled(state["R"].mT)
+            B, C, D = state["B"], state["C"], state.get("D")
         except KeyError as error:
             raise ValueError(
                 f"from_torchidl: no {error} among {sorted(state)}; expected A (or L, R), B, C, D."
             ) from None
-        norm = A.abs().sum(1).amax()
-        A = A * (kappa / norm.clamp_min(kappa))
-        return ImplicitModel(A, B, C, state.get("D"), phi=phi)
+        A = A.triu(1) if kappa is None else scaled(A)
+        b = d = None
+        if bias:
+            B, b = B[:, :-1], B[:, -1]
+            if D is not None:
+                D, d = D[:, :-1], D[:, -1]
+        return ImplicitModel(A, B, C, D, b, d, phi)
 
 
 def stack(f: ImplicitModel, g: ImplicitModel) -> ImplicitModel:
@@ -444,7 +459,8 @@ def solve_state(
             error = bound(exact(x) - x).view(batch)
     stats = dict(solution.stats)
     if record:
-        stats["trajectory"] = stats["trajectory"].view(-1, *batch, n)
+        frames = stats["trajectory"]
+        stats["trajectory"] = frames.view(len(frames), *batch, n)
     return replace(
         solution,
         value=solution.value.view(*batch, n),

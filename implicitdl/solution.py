@@ -24,8 +24,9 @@ class Status(enum.Enum):
         "check that the equation is well-posed (`implicitdl.wellposed.certificate`)."
     )
     DIVERGED = (
-        "The iterates grew without bound. The map is not a contraction: check it with "
-        "`implicitdl.wellposed.certificate`, or use `Newton` or a monotone splitting."
+        "The iterates grew without bound or turned to NaN: the map expands, or a step of the solver "
+        "broke down. Check the map with `implicitdl.wellposed.certificate`, or use `Newton` or a "
+        "monotone splitting."
     )
     NONFINITE = "The input of the solve, or its first evaluation, holds NaN or infinite values."
 

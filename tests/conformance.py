@@ -47,9 +47,13 @@ def _monotone(problem: Problem) -> bool:
     return problem.monotone_condition > 0
 
 
+def _monotone_entrywise(problem: Problem) -> bool:
+    return _monotone(problem) and problem.f.phi.entrywise
+
+
 def _well_conditioned(problem: Problem) -> bool:
     """Forward-backward takes some (L/m)^2 steps a digit."""
-    return problem.monotone_condition > 0.15
+    return problem.monotone_condition > 0.15 and problem.f.phi.entrywise
 
 
 def _every(problem: Problem) -> bool:
@@ -69,7 +73,7 @@ MEMBERS = [
     Member(Newton(linear="krylov"), _every),
     Member(ForwardBackward(max_steps=9000), _well_conditioned),
     Member(PeacemanRachford(max_steps=5000), _monotone),
-    Member(PeacemanRachford(alpha=0.3, max_steps=5000), _monotone),
+    Member(PeacemanRachford(alpha=0.3, max_steps=5000), _monotone_entrywise),
     Member(Auto(), _every),
 ]
 

@@ -37,7 +37,8 @@ class FixedPointSolver(abc.ABC):
         max_steps: evaluations of f at most.
 
     A subclass writes `init` (its state before the first step) and `step` (next iterate, f there,
-    next state); every tensor in its state has the samples along the dimension `batch_dim` names.
+    next state); every tensor in its state has the samples along dimension -2, or is a vector of
+    them, so that `take` can pick some.
     """
 
     rtol: float | None = None
@@ -110,7 +111,8 @@ class FixedPointSolver(abc.ABC):
             solution = self._solve(rows, z, [] if record else None)
         stats = {**solution.stats}
         if record:
-            stats["trajectory"] = torch.stack(stats["trajectory"]).view(-1, *z0.shape)
+            frames = torch.stack(stats["trajectory"])
+            stats["trajectory"] = frames.view(len(frames), *z0.shape)
         return replace(solution, value=solution.value.view(z0.shape), stats=stats)
 
     def _solve(self, f: Map, z: Tensor, record: "list[Tensor] | None") -> Solution:
@@ -207,7 +209,6 @@ class _Progress:
     # differently, and a sample's last bits would depend on how many others are still running.
     ROWS = 16
     PATIENCE = 100
-    NEAR = 1e3
 
     def __init__(self, solver: FixedPointSolver, z: Tensor, advance: bool):
         m = z.shape[0]
@@ -218,7 +219,9 @@ class _Progress:
         self.steps = torch.zeros(m, dtype=torch.long, device=z.device)
         self.codes = torch.full((m,), Status.MAX_STEPS.code, device=z.device)
         self.active = torch.ones(m, dtype=torch.bool, device=z.device)
-        self.gain = torch.zeros_like(self.steps)  # when the residual last fell by a tenth
+        # The residual when it last fell by a hundredth, when that was, and where rounding begins.
+        self.mark, self.gain = self.residual, torch.zeros_like(self.steps)
+        self.near = 1e4 * torch.finfo(z.dtype).eps / self.rtol
         self.rows: Tensor | None = None  # samples still in the running batch; None for all
         self.running = m  # how many of them are unfinished
         self.first = True
@@ -252,6 +255,7 @@ class _Progress:
             if low >= 1 and high < torch.inf and bool((residual < self.residual).all()):
                 self.value, self.residual = candidate.clone(), residual
                 self.gain.fill_(k)
+                self.mark = residual
                 self.steps.fill_(k)
                 self.first = False
                 return False
@@ -264,17 +268,20 @@ class _Progress:
         active, best, codes = pick(self.active), pick(self.residual), pick(self.codes)
         done, lost = active & (residual < 1), active & ~torch.isfinite(residual)
         better = active & (residual < best)  # False for NaN
-        # Nearly no gain for `PATIENCE` evaluations, close to the tolerance: rounding is in the way.
-        gain = torch.where(active & (residual < 0.9 * best), k, pick(self.gain))
+        # No gain for `PATIENCE` evaluations, not far above rounding: more will not help.
+        mark, gain = pick(self.mark), pick(self.gain)
+        gained = active & (residual < 0.99 * mark)
+        mark, gain = torch.where(gained, residual, mark), torch.where(gained, k, gain)
         best = torch.where(better, residual, best)
-        stuck = active & ~done & (k - gain > self.PATIENCE) & (best < self.NEAR)
+        stuck = active & ~done & (k - gain > self.PATIENCE) & (best < self.near)
         blame = Status.NONFINITE if self.first else Status.DIVERGED
         for which, status in ((done, Status.CONVERGED), (lost, blame), (stuck, Status.STALLED)):
             codes = torch.where(which, status.code, codes)
         steps = torch.where(active, k, pick(self.steps))
         value = torch.where(better[:, None], candidate, pick(self.value))
         active = active & ~(done | lost | stuck)
-        new = {"value": value, "residual": best, "codes": codes, "steps": steps, "gain": gain}
+        new = {"value": value, "residual": best, "codes": codes, "steps": steps}
+        new |= {"gain": gain, "mark": mark}
         for name, t in {**new, "active": active}.items():
             if rows is None:
                 setattr(self, name, t)
