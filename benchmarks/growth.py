@@ -103,7 +103,7 @@ def growth(search: Search, names: Sequence[str], quick: bool) -> tuple[str, dict
             )
             cells = [f"{duration(seconds[c.name][i])}, {peaks[c.name][i]:.1f} MiB" for c in who]
             rows.append([label, *cells])
-        if rows:
+        if rows and not (quick and key != "kappa"):
             text.append(table(["", *(c.name for c in who)], rows))
     data = {"points": points, "seconds": seconds, "peak_mib": peaks}
     return "\n\n".join(text), data

@@ -148,8 +148,8 @@ def main(argv: list[str] | None = None) -> int:
         [64] if options.quick else [1, 64, 256]
     )
     names = [x for x in options.problems.split(",") if x]
-    minutes = options.minutes or (1.2 if options.quick else 12.5)
-    reserve = 0 if options.no_growth else (25 if options.quick else 100)
+    minutes = options.minutes or (0.9 if options.quick else 12.5)
+    reserve = 0 if options.no_growth else (15 if options.quick else 100)
     end = time.perf_counter() + 60 * minutes - reserve
 
     who = competitors(options.solvers)

@@ -2,8 +2,8 @@
 
     python benchmarks/mnist.py --data DIR
 
-Both models are trained by one recipe, which was chosen on the validation part of the training
-file. Test images are looked at once, after training. Prints a table and writes
+Both models are trained by one recipe, which was chosen on held-out images of the training file.
+Test images are read once a run, after training. Prints a table and writes
 results/mnist.json and results/mnist.md.
 """
 
@@ -123,10 +123,11 @@ def report(result: dict) -> str:
     lines = [
         "# MNIST, 100 states",
         "",
-        f"{where['cpu']}, {where['threads']} threads; Python {where['python']}, torch "
+        f"{where['cpu']}, {where['threads']} thread(s) on {where['cores']} cores; Python {where['python']}, torch "
         + f"{where['torch']}. {recipe['epochs']} epochs, batches of {recipe['batch_size']}, "
-        + f"{result['images']['train']:,} training images; recipe chosen on "
-        + f"{result['images']['validation']:,} validation images, test images seen once.",
+        + f"{result['images']['train']:,} training images, "
+        + f"{result['images']['validation']:,} for validation. The recipe was chosen on held-out "
+        + "images of the training file; the test images were read after training.",
         "",
         "| model | seed | parameters | validation | test | training | CPU |",
         "|---|---:|---:|---:|---:|---:|---:|",

@@ -185,6 +185,8 @@ class Cell:
         """
         times = [x for x in (self._accurate(tier), self._stopped(tier)) if x is not None]
         mine = self.ours()
+        if all(r.ours for r in self.results):
+            return math.nan
         if mine.missed:
             return 0.0 if times else math.nan
         return min(times) / mine.seconds if times else math.inf

@@ -212,3 +212,9 @@ PROBLEMS: dict[str, Callable[[torch.dtype], Problem]] = {
     "cosine": _cosine,
     "expanding": _expanding,
 }
+
+
+def rows_equal(got: Tensor, expected: Tensor) -> None:
+    """Equal up to the rounding of another blocking of the same sums."""
+    assert got.shape == expected.shape
+    assert torch.allclose(got, expected, rtol=1e-13, atol=1e-14)

@@ -1,100 +1,112 @@
-"""What a solve returns, and how it fails."""
+"""What a solve returns: outcomes, errors, and the words that a user reads."""
 
-import dataclasses
 import pickle
 
 import pytest
 import torch
 
-from implicitdl.solution import (
-    ConvergenceError,
-    ConvergenceWarning,
-    ImplicitDLError,
-    NotWellPosedError,
-    Solution,
-    Status,
-    check_on_failure,
-    unknown_name,
-)
+from implicitdl import ConvergenceError, ImplicitDLError, NotWellPosedError, Solution, Status
+from implicitdl.solution import ConvergenceWarning, check_on_failure, unknown_name
 
 
-def solution(*statuses, shape=None):
-    codes = torch.tensor([s.code for s in statuses], dtype=torch.long)
-    residual = torch.where(codes == 0, 0.5, 40.0)
-    shape = shape or codes.shape
+def solution(*statuses, residual=None, value=None):
+    m = len(statuses)
     return Solution(
-        value=torch.randn(*shape, 2, requires_grad=True) * 1,
-        codes=codes.view(shape),
-        residual=residual.view(shape),
-        steps=torch.full(shape, 9),
+        value=torch.zeros(m, 2) if value is None else value,
+        codes=torch.tensor([s.code for s in statuses], dtype=torch.long),
+        residual=torch.full((m,), 0.5) if residual is None else torch.tensor(residual),
+        steps=torch.arange(m) + 3,
     )
 
 
-def test_status_codes_are_positions_from_best_to_worst():
-    assert [s.code for s in Status] == [0, 1, 2, 3, 4]
-    assert list(Status)[0] is Status.CONVERGED
-    assert all(len(s.value) > 20 for s in Status if s is not Status.CONVERGED)
+GOOD, LIMIT, NAN = Status.CONVERGED, Status.MAX_STEPS, Status.NONFINITE
 
 
-def test_the_worst_sample_speaks_for_the_batch():
-    mixed = solution(Status.CONVERGED, Status.MAX_STEPS, Status.STALLED, Status.CONVERGED)
-    assert mixed.status is Status.MAX_STEPS
-    assert mixed.converged.tolist() == [True, False, False, True]
-    assert mixed.statuses[1:3] == [Status.MAX_STEPS, Status.STALLED]
-    assert solution().status is Status.CONVERGED
-    square = solution(*[Status.CONVERGED] * 3, Status.DIVERGED, shape=(2, 2))
-    assert square.status is Status.DIVERGED and square.statuses[3] is Status.DIVERGED
+def test_statuses_go_from_best_to_worst():
+    assert [s.code for s in Status] == list(range(5))
+    assert list(Status) == [GOOD, Status.STALLED, LIMIT, Status.DIVERGED, NAN]
 
 
-def test_check_returns_self_or_raises_with_everything_in_it():
-    good = solution(Status.CONVERGED, Status.CONVERGED)
-    for how in ("raise", "warn", "return"):
-        assert good.check(how) is good
-    bad = solution(Status.CONVERGED, Status.MAX_STEPS, Status.NONFINITE)
-    assert bad.check("return") is bad
+def test_what_is_derived_from_the_codes():
+    s = solution(GOOD, NAN, LIMIT)
+    assert s.converged.tolist() == [True, False, False]
+    assert s.status is NAN and s.statuses == [GOOD, NAN, LIMIT]
+    assert solution(GOOD, GOOD).status is GOOD
+    empty = solution()
+    assert empty.status is GOOD and empty.statuses == [] and empty.check() is empty
+
+
+@pytest.mark.parametrize("on_failure", ["raise", "warn", "return"])
+def test_success_passes_through(on_failure):
+    s = solution(GOOD, GOOD)
+    assert s.check(on_failure) is s
+
+
+def test_a_failure_raises_with_everything_in_it():
+    value = torch.zeros(12, 2, requires_grad=True) * 1
+    statuses = [GOOD, LIMIT, GOOD, NAN, *[LIMIT] * 8]
+    residual = [0.5, 3.0, 0.1, torch.inf, *[7.0] * 8]
+    s = solution(*statuses, residual=residual, value=value)
     with pytest.raises(ConvergenceError) as caught:
-        bad.check()
-    message = str(caught.value)
-    assert "2 of 3" in message and "1, 2" in message and "within 9 steps" in message
-    assert "residual 40, expected below 1" in message
-    assert Status.MAX_STEPS.value in message and Status.NONFINITE.value in message
-    assert Status.DIVERGED.value not in message
-    assert torch.equal(caught.value.solution.value, bad.value)
-    assert not caught.value.solution.value.requires_grad  # no graph is kept alive by an error
-    with pytest.warns(ConvergenceWarning, match="2 of 3"):
-        assert bad.check("warn") is bad
+        s.check()
+    error = caught.value
+    assert isinstance(error, RuntimeError) and isinstance(error, ImplicitDLError)
+    assert error.solution.statuses == statuses and not error.solution.value.requires_grad
+    text = str(error)
+    assert "10 of 12 samples" in text and "index 1, 3, 4, 5, 6, 7, 8, 9, ..." in text
+    assert "within 14 steps" in text and "inf, expected below 1" in text
+    assert LIMIT.value in text and NAN.value in text and Status.DIVERGED.value not in text
 
 
-def test_a_nan_residual_is_reported_as_infinite_and_long_lists_are_cut():
-    bad = solution(*[Status.NONFINITE] * 12)
-    bad = dataclasses.replace(bad, residual=torch.full((12,), torch.nan))
-    with pytest.raises(ConvergenceError, match=r"index 0, 1, 2, 3, 4, 5, 6, 7, \.\.\..*inf"):
-        bad.check()
+def test_the_worst_residual_is_that_of_the_failed():
+    with pytest.raises(ConvergenceError, match=r"residual 4\.2, expected") as caught:
+        solution(GOOD, LIMIT, LIMIT, residual=[0.9, 4.2, 2.0]).check()
+    assert "(index 1, 2)" in str(caught.value)
+    with pytest.raises(ConvergenceError, match="residual inf"):
+        solution(LIMIT, residual=[torch.nan]).check()
 
 
-def test_error_family():
-    for error in (ConvergenceError, NotWellPosedError):
-        assert issubclass(error, ImplicitDLError)
-    assert issubclass(ConvergenceError, RuntimeError) and issubclass(NotWellPosedError, ValueError)
-    assert NotWellPosedError("x", margin=-0.5).margin == -0.5
-    assert ConvergenceError("x").solution is None
+def test_batched_shapes_are_flattened_in_the_message():
+    s = solution(GOOD, GOOD, LIMIT, GOOD)
+    s = Solution(s.value.view(2, 2, 2), s.codes.view(2, 2), s.residual.view(2, 2), s.steps.view(2, 2))
+    with pytest.raises(ConvergenceError, match="1 of 4 samples .*index 2"):
+        s.check()
+    assert s.statuses[2] is LIMIT and s.converged.shape == (2, 2)
+
+
+def test_warn_and_return():
+    s = solution(GOOD, LIMIT, residual=[0.5, 9.0])
+    with pytest.warns(ConvergenceWarning, match="1 of 2 samples .*residual 9"):
+        assert s.check("warn") is s
+    assert s.check("return") is s
+    with pytest.raises(ValueError, match="Did you mean 'raise'"):
+        s.check("raises")
+    with pytest.raises(ValueError, match="on_failure: got 'ignore'"):
+        solution(GOOD).check("ignore")  # also where there is nothing to complain of
+    for name in ("raise", "warn", "return"):
+        check_on_failure(name)
 
 
 def test_unknown_names():
-    error = unknown_name("colour", "bleu", ["blue", "red"])
-    assert str(error) == "colour: got 'bleu', expected one of 'blue', 'red'. Did you mean 'blue'?"
-    assert "Did you mean" not in str(unknown_name("colour", "zzz", ["blue", "red"]))
-    for how in ("raise", "warn", "return"):
-        check_on_failure(how)
-    with pytest.raises(ValueError, match="on_failure: got 'rise'.*Did you mean 'raise'"):
-        check_on_failure("rise")
-    with pytest.raises(ValueError, match="on_failure"):
-        solution(Status.CONVERGED).check("ignore")
+    error = unknown_name("flavour", "vanila", ["vanilla", "lemon"])
+    assert isinstance(error, ValueError)
+    assert str(error) == (
+        "flavour: got 'vanila', expected one of 'lemon', 'vanilla'. Did you mean 'vanilla'?"
+    )
+    assert "Did you mean" not in str(unknown_name("flavour", "zzz", ["vanilla", "lemon"]))
+    assert "got 3," in str(unknown_name("flavour", 3, ["a"]))
 
 
-def test_solutions_are_frozen_and_travel():
-    good = solution(Status.CONVERGED)
-    with pytest.raises(dataclasses.FrozenInstanceError):
-        good.value = None
-    good = dataclasses.replace(good, value=good.value.detach())
-    assert torch.equal(pickle.loads(pickle.dumps(good)).value, good.value)
+def test_errors_say_what_they_are():
+    error = NotWellPosedError("no", margin=-0.5)
+    assert error.margin == -0.5 and isinstance(error, ValueError | ImplicitDLError)
+    assert issubclass(NotWellPosedError, ImplicitDLError) and issubclass(NotWellPosedError, ValueError)
+    assert ConvergenceError("no").solution is None
+
+
+def test_solutions_are_frozen_and_pickle():
+    s = solution(GOOD, LIMIT)
+    with pytest.raises(AttributeError):
+        s.codes = None
+    again = pickle.loads(pickle.dumps(s))
+    assert again.statuses == s.statuses and torch.equal(again.steps, s.steps)

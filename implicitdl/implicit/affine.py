@@ -229,7 +229,10 @@ class _Linear(torch.autograd.Function):
         if phi.entrywise:
             extra = q * dd
         else:
-            extra = torch.func.jvp(lambda d: phi.product(d, q), (d,), (dd,))[1]
+            # Two reverse passes: forward mode does not nest in forward mode.
+            pull = torch.func.vjp(lambda d: phi.product(d, q), d)[1]
+            push = torch.func.vjp(lambda w: pull(w)[0], torch.zeros_like(q))[1]
+            extra = push(dd)[0]
         shift = AffineMap(M, shift, phi).affine(extra)
         return extra + _Linear.apply(M, d, shift, ctx.equation)
 

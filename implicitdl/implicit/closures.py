@@ -5,6 +5,7 @@ being zero, and makes one more derivative exact, whatever f closes over: no para
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -23,12 +24,17 @@ def as_rows(f: "Map | AffineMap", z: Tensor) -> "RowMap | AffineMap":
     return f if isinstance(f, AffineMap) else RowMap.of(f, z.shape)
 
 
+def flat(z: Tensor) -> Tensor:
+    """One row a sample, for an empty batch too."""
+    return z.reshape(z.shape[0], math.prod(z.shape[1:]))
+
+
 class Inverse:
     """M = (I - J)^-1 at a constant z, applied by solving."""
 
     def __init__(self, f: "RowMap | AffineMap", z: Tensor, solver: FixedPointSolver):
         self.shape, self.solver, self.contraction = z.shape, solver, f.contraction
-        self.f, self.z = f, z.reshape(z.shape[0], -1)
+        self.f, self.z = f, flat(z)
 
     @functools.cached_property
     def jacobian(self) -> Any:
@@ -37,7 +43,7 @@ class Inverse:
 
     def apply(self, b: Tensor, transposed: bool) -> Tensor:
         """u = J u + b, or u = J^T u + b."""
-        J, rows = self.jacobian, b.reshape(b.shape[0], -1)
+        J, rows = self.jacobian, flat(b)
         ops = (J.vjp, J.jvp) if transposed else (J.jvp, J.vjp)
         # Each row is solved for its direction and scaled back: tolerances are then relative to it,
         # and a loss scaled by 1e-8 has gradients exactly 1e-8 times as large.
@@ -56,7 +62,7 @@ class Series(Inverse):
 
     def apply(self, b: Tensor, transposed: bool) -> Tensor:
         """The sum, by Horner's rule."""
-        rows = b.reshape(b.shape[0], -1)
+        rows = flat(b)
         product = self.jacobian.vjp if transposed else self.jacobian.jvp
         u = rows
         for _ in range(self.terms):

@@ -113,7 +113,8 @@ class _AffineLayer(nn.Module):
 
     def _accept(self, u: Tensor) -> Tensor:
         """u, checked; under autocast, in the dtype of the weights."""
-        if isinstance(u, Tensor) and torch.is_autocast_enabled(u.device.type):
+        here = isinstance(u, Tensor) and u.device == self.B.device
+        if here and torch.is_autocast_enabled(u.device.type):
             u = u.to(self.B.dtype)
         check_input(u, self.in_features, self.B, "u")
         return u
@@ -331,7 +332,7 @@ class MonotoneLayer(_AffineLayer):
         in_features, out_features, state_features, activation, bias, direct, solver, adjoint,
             dtype, device: as in `ImplicitLayer`; the slopes of the activation must be >= 0 and
             (1 - margin) times the largest below 1.
-        margin: m in (0, 1).
+        margin: m > 0.
 
     Reference:
         Winston, Kolter (2020), proposition 1 and theorem 1.

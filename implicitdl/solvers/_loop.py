@@ -9,7 +9,7 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor
@@ -77,6 +77,9 @@ class FixedPointSolver(abc.ABC):
             return tuple(self.take(part, rows) for part in state)
         return state
 
+    # Whether `step` writes into a buffer that an earlier iterate still occupies.
+    reuses: ClassVar[bool] = False
+
     def exact(self, state: Any) -> bool:
         """Whether the f(z) that `step` returns was evaluated, not got from a recurrence that rounds
         on its own; if not, what looks converged is checked against f itself."""
@@ -117,7 +120,7 @@ class FixedPointSolver(abc.ABC):
 
     def _solve(self, f: Map, z: Tensor, record: "list[Tensor] | None") -> Solution:
         m, n = z.shape
-        progress = _Progress(self, z, advance=f.contraction is not None)
+        progress = _Progress(self, z)
         if m == 0 or n == 0:
             return progress.solution({"solver": self.name, "evaluations": 0}, record)
         work = n * n * m
@@ -208,23 +211,26 @@ class _Progress:
     # A batch shrinks to a multiple of this many rows: below, BLAS switches to kernels that round
     # differently, and a sample's last bits would depend on how many others are still running.
     ROWS = 16
-    PATIENCE = 100
+    # Evaluations without gain, and how close to the tolerance, that are taken for rounding. Longer
+    # than `Auto` lets one solver run, so that the next one has its turn.
+    PATIENCE, NEAR = 250, 1e3
 
-    def __init__(self, solver: FixedPointSolver, z: Tensor, advance: bool):
+    def __init__(self, solver: FixedPointSolver, z: Tensor):
         m = z.shape[0]
         self.rtol = solver.rtol if solver.rtol is not None else _RTOL.get(z.dtype, 1e-6)
-        self.atol, self.advance = solver.atol, advance
+        self.atol = solver.atol
         self.value = z
         self.residual = z.new_full((m,), torch.inf)
         self.steps = torch.zeros(m, dtype=torch.long, device=z.device)
         self.codes = torch.full((m,), Status.MAX_STEPS.code, device=z.device)
         self.active = torch.ones(m, dtype=torch.bool, device=z.device)
-        # The residual when it last fell by a hundredth, when that was, and where rounding begins.
+        # The residual when it last fell by a hundredth, and when that was.
         self.mark, self.gain = self.residual, torch.zeros_like(self.steps)
-        self.near = 1e4 * torch.finfo(z.dtype).eps / self.rtol
         self.rows: Tensor | None = None  # samples still in the running batch; None for all
         self.running = m  # how many of them are unfinished
         self.first = True
+        self.common = 0  # the last look in which all samples went on together
+        self.reuses = solver.reuses
 
     def scaled(self, z: Tensor, fz: Tensor) -> Tensor:
         """rms(f(z) - z) / (atol + rtol rms(f(z))): a tolerance means the same at every n."""
@@ -240,45 +246,45 @@ class _Progress:
         if exact is not None and not low >= 1:
             residual = torch.where(residual < 1, self.scaled(z, exact(z)), residual)
             low, high = (float(bound) for bound in torch.aminmax(residual))
-        # On a certified contraction f(z) is closer than z, so the residual still covers it.
-        candidate = fz if self.advance else z
         if self.rows is None and self.running == residual.numel():
             # Nobody has finished before, and now all do, or (a NaN compares false) nobody does and
             # everybody has moved on: the common cases, without the bookkeeping.
             if high < 1:
-                self.value, self.residual = candidate, residual
+                self.value, self.residual = z, residual
                 self.codes.fill_(Status.CONVERGED.code)
                 self.steps.fill_(k)
                 self.active.fill_(False)
                 self.running = 0
                 return True
             if low >= 1 and high < torch.inf and bool((residual < self.residual).all()):
-                self.value, self.residual = candidate.clone(), residual
-                self.gain.fill_(k)
-                self.mark = residual
-                self.steps.fill_(k)
-                self.first = False
+                self.value = z.clone() if self.reuses else z
+                self.residual = self.mark = residual
+                self.common, self.first = k, False
                 return False
-        return self._sort_out(residual, candidate, k)
+        return self._sort_out(residual, z, k)
 
-    def _sort_out(self, residual: Tensor, candidate: Tensor, k: int) -> bool:
+    def _sort_out(self, residual: Tensor, z: Tensor, k: int) -> bool:
         """The bookkeeping in full: some samples end, well or badly, and others go on."""
+        if self.common:
+            self.gain.fill_(self.common)
+            self.steps.fill_(self.common)
+            self.common = 0
         rows = self.rows
         pick = (lambda t: t) if rows is None else (lambda t: t[rows])
         active, best, codes = pick(self.active), pick(self.residual), pick(self.codes)
         done, lost = active & (residual < 1), active & ~torch.isfinite(residual)
         better = active & (residual < best)  # False for NaN
-        # No gain for `PATIENCE` evaluations, not far above rounding: more will not help.
+        # No gain for `PATIENCE` evaluations, close to the tolerance: rounding is in the way.
         mark, gain = pick(self.mark), pick(self.gain)
         gained = active & (residual < 0.99 * mark)
         mark, gain = torch.where(gained, residual, mark), torch.where(gained, k, gain)
         best = torch.where(better, residual, best)
-        stuck = active & ~done & (k - gain > self.PATIENCE) & (best < self.near)
+        stuck = active & ~done & (k - gain > self.PATIENCE) & (best < self.NEAR)
         blame = Status.NONFINITE if self.first else Status.DIVERGED
         for which, status in ((done, Status.CONVERGED), (lost, blame), (stuck, Status.STALLED)):
             codes = torch.where(which, status.code, codes)
         steps = torch.where(active, k, pick(self.steps))
-        value = torch.where(better[:, None], candidate, pick(self.value))
+        value = torch.where(better[:, None], z, pick(self.value))
         active = active & ~(done | lost | stuck)
         new = {"value": value, "residual": best, "codes": codes, "steps": steps}
         new |= {"gain": gain, "mark": mark}

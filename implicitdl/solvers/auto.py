@@ -33,6 +33,7 @@ class Auto(FixedPointSolver):
     Newton, until `max_steps`.
     """
 
+    reuses = True
     # Multiply-adds of one evaluation below which the bookkeeping of an acceleration costs more.
     CHEAP = 1 << 24
     # Of factorising the whole batch, below which a Newton step by LU is cheaper than several others.
