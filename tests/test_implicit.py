@@ -26,7 +26,9 @@ KINKED = [ReLU(), LeakyReLU(), ELU(alpha=0.7)]
 
 
 def tensors(kappa=0.8, m=M, n=N):
-    return row_sums(randn(n, n, seed=1), kappa).requires_grad_(), randn(m, n, seed=2).requires_grad_()
+    return row_sums(randn(n, n, seed=1), kappa).requires_grad_(), randn(
+        m, n, seed=2
+    ).requires_grad_()
 
 
 def structured(phi, **facts):
@@ -71,7 +73,7 @@ def gradient(solve, *at, **kwargs):
 
 def close(got, expected, tolerance=1e-9):
     for a, b in zip(got, expected, strict=True):
-        error = float((a - b).norm() / b.norm().clamp_min(1e-30))
+        error = float((a - b).detach().norm() / b.detach().norm().clamp_min(1e-30))
         assert error < tolerance, error
 
 
@@ -219,9 +221,7 @@ def test_vmap(phi, dims):
     v = randn(k, M, N, seed=7)
     each = [(A[i] if dims[0] is not None else A[0], v[i] if dims[1] is not None else v[0])
             for i in range(k)]  # fmt: skip
-    at = tuple(
-        x[0] if d is None else x.movedim(0, d) for x, d in zip((A, v), dims, strict=True)
-    )
+    at = tuple(x[0] if d is None else x.movedim(0, d) for x, d in zip((A, v), dims, strict=True))
     assert torch.allclose(vmap(f, dims)(*at), torch.stack([f(*x) for x in each]), atol=1e-10)
     loss = lambda A, v: loss_of(f(A, v))
     for argnums in (0, 1):
@@ -249,7 +249,10 @@ def test_vmap_in_vmap():
 
 def test_a_closure_inside_a_transform_is_refused_with_the_reason():
     A, v = (x.detach() for x in tensors())
-    for transform in (vmap(lambda v: closure(Tanh())(A, v[None])), jacrev(lambda v: closure(Tanh())(A, v))):
+    for transform in (
+        vmap(lambda v: closure(Tanh())(A, v[None])),
+        jacrev(lambda v: closure(Tanh())(A, v)),
+    ):
         with pytest.raises(RuntimeError, match="closure inside a torch.func transform.*AffineMap"):
             transform(v)
 
@@ -313,7 +316,9 @@ def test_an_adjoint_solve_that_fails_raises(make):
     adjoint = Implicit(solver=few)
     f = AffineMap(A, v, Tanh()) if make == "structured" else lambda z: torch.tanh(z @ A.mT + v)
     x = fixed_point(f, torch.zeros(M, N), solver=TIGHT, adjoint=adjoint).value
-    with pytest.raises(ConvergenceError, match="derivative did not converge for samples .*expected"):
+    with pytest.raises(
+        ConvergenceError, match="derivative did not converge for samples .*expected"
+    ):
         x.sum().backward()
     # An ill gradient of one sample is an error too, and named.
     x = fixed_point(f, torch.zeros(M, N), solver=TIGHT).value

@@ -118,7 +118,9 @@ def test_every_set_with_every_activation_it_admits(well_posed, phi):
     layer = stretched(ImplicitLayer(P, Q, N, activation=phi, well_posed=well_posed, solver=TIGHT))
     u = randn(7, P, seed=5)
     A = layer.A.detach()
-    assert layer.well_posed.contains(A, tol=1e-9) and not layer.well_posed.contains(layer.W.detach())
+    assert layer.well_posed.contains(A, tol=1e-9) and not layer.well_posed.contains(
+        layer.W.detach()
+    )
     solution = layer.solve(u)
     x = solution.value
     torch.testing.assert_close(phi(x @ A.mT + u @ layer.B.mT + layer.b), x, rtol=0, atol=1e-11)
@@ -159,16 +161,17 @@ def test_without_bias_and_direct_term(make):
 def test_the_initial_weights():
     torch.manual_seed(0)
     layer = ImplicitLayer(200, 30, 100)
+    layer.requires_grad_(False)
     assert float(layer.W.abs().max()) <= 0.95 / 100 < 1.02 * float(layer.W.abs().max())
     assert float(layer.B.std()) == pytest.approx((2 / 200) ** 0.5, rel=0.05)
     assert float(layer.C.std()) == pytest.approx(0.1, rel=0.05)
     assert float(layer.D.std()) == pytest.approx(0.5 / 200**0.5, rel=0.05)
     assert not bool(layer.b.any()) and not bool(layer.d.any())
-    low = ImplicitLayer(200, 30, 100, low_rank=5)
+    low = ImplicitLayer(200, 30, 100, low_rank=5).requires_grad_(False)
     W = (low.L @ low.R.mT).detach()
     assert float(W.std()) == pytest.approx(0.95 / 100 / 3**0.5, rel=0.25)
     assert torch.equal(layer.A, layer.W)  # inside, the set is the identity
-    monotone = MonotoneLayer(20, 3, 100, margin=0.3)
+    monotone = MonotoneLayer(20, 3, 100, margin=0.3).requires_grad_(False)
     assert float(monotone.P.std()) == pytest.approx(0.1, rel=0.05)
     assert float(monotone.S.std()) == pytest.approx(0.05, rel=0.05)
 
@@ -217,22 +220,19 @@ def test_gradients_go_through_the_active_constraint(make):
     f, values = functional(layer)
     u = randn(2, 2, seed=7).requires_grad_()
     assert gradcheck(f, (u, *values))
-    if layer.activation == Tanh():
-        assert gradcheck(f, (u.detach(), *values), check_forward_ad=True, check_backward_ad=False)
+    if not isinstance(layer.well_posed, PerronFrobenius | Monotone) or hasattr(layer, "P"):
+        # Those two go through an eigenvalue, which has no forward mode.
+        assert gradcheck(f, (u, *values), check_forward_ad=True, check_backward_ad=False)
 
 
-@pytest.mark.parametrize("well_posed", SETS)
-def test_second_derivatives_through_the_layer(well_posed):
-    if well_posed in ("monotone", "perron-frobenius"):  # their own second derivative is not claimed
-        layer = ImplicitLayer(2, 1, 3, well_posed=well_posed, activation="tanh", solver=TIGHT)
-        u = randn(2, 2, seed=7).requires_grad_()
-        assert gradgradcheck(layer, (u,))
-        return
-    layer = stretched(
-        ImplicitLayer(2, 1, 3, well_posed=well_posed, activation="tanh", solver=TIGHT)
-    )
+@pytest.mark.parametrize("make", LAYERS, ids=LAYER_IDS)
+def test_second_derivatives_through_the_active_constraint(make):
+    layer = make(activation="tanh", solver=TIGHT)
+    if layer.well_posed is not None:
+        stretched(layer)
     f, values = functional(layer)
-    assert gradgradcheck(f, (randn(1, 2, seed=7).requires_grad_(), *values))
+    u = randn(2, P, seed=7).requires_grad_()
+    assert gradgradcheck(f, (u, *values), fast_mode=True, atol=1e-4)
 
 
 @pytest.mark.parametrize("adjoint", [Unrolled(steps=400), Neumann(terms=200), OneStep(steps=200)])
@@ -295,7 +295,7 @@ def test_training_moves_every_parameter_and_stays_well_posed():
         optimiser.zero_grad()
         loss.backward()
         optimiser.step()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
         assert float(layer.A.abs().sum(1).max()) <= 0.8 + 1e-9
     assert losses[-1] < losses[0] / 4
     assert all(not torch.equal(p, before[k]) for k, p in layer.named_parameters())
@@ -353,7 +353,9 @@ def test_exported_equals_eager(make):
     layer, u = stretched(make()), randn(4, P)
     exported = torch.export.export(layer, (u,))
     torch.testing.assert_close(exported.module()(u), layer(u))
-    assert any("implicitdl.equilibrium" in str(node.target) for node in exported.graph.nodes)
+    graphs = [m.graph for m in exported.graph_module.modules() if hasattr(m, "graph")]
+    calls = [str(node.target) for graph in graphs for node in graph.nodes]
+    assert calls.count("implicitdl.equilibrium.default") == 1
 
 
 def test_a_closure_says_why_it_cannot_be_compiled():
@@ -374,7 +376,8 @@ def test_an_activation_of_ones_own_works_in_eager_mode():
         def __call__(self, z):
             return z / 2
 
-        call_ = Identity.call_
+        def call_(self, z):
+            return z.div_(2)
 
         def derivative(self, z):
             return torch.full_like(z, 0.5)
@@ -504,16 +507,17 @@ def test_options_of_a_solve():
         layer.solve(u, x0=torch.zeros(3, N))
 
 
-def test_a_bad_sample_is_named_and_the_others_are_in_the_error():
-    layer, u = ImplicitLayer(P, Q, N), randn(40, P)
+@pytest.mark.parametrize("poison", [float("nan"), float("inf")])
+def test_a_bad_sample_is_named_and_leaves_the_others_alone(poison):
+    layer, u = ImplicitLayer(P, Q, 40, dtype=torch.float32), randn(64, P).float()
     good = layer.solve(u).value
-    u[7] = torch.nan
-    with pytest.raises(ConvergenceError, match="1 of 40 samples.*index 7") as caught:
+    u[17, 2] = poison
+    with pytest.raises(ConvergenceError, match=r"1 of 64 samples .*index 17\)") as caught:
         layer(u)
-    found = caught.value.solution
-    assert found.statuses[7] is Status.NONFINITE
-    keep = torch.arange(40) != 7
-    torch.testing.assert_close(found.value[keep], good[keep].detach(), rtol=0, atol=1e-11)
+    found, keep = caught.value.solution, torch.arange(64) != 17
+    assert torch.equal(found.value[keep], good[keep])
+    assert found.converged.tolist() == keep.tolist()
+    torch.testing.assert_close(layer.solve(u[keep]).value, good[keep], rtol=0, atol=1e-5)
 
 
 def test_a_free_layer_that_has_no_equilibrium_raises():
@@ -554,25 +558,53 @@ def test_a_state_of_another_shape_changes_nothing(make, strict):
     before = {k: p.clone() for k, p in layer.state_dict().items()}
     state = {k: p + 1 for k, p in before.items()}
     state["C"] = torch.zeros(Q, N + 1)
-    with pytest.raises(RuntimeError, match=rf"C: got shape \({Q}, {N + 1}\), expected \({Q}, {N}\)"):
+    with pytest.raises(
+        RuntimeError, match=rf"C: got shape \({Q}, {N + 1}\), expected \({Q}, {N}\)"
+    ):
         layer.load_state_dict(state, strict=strict)
     assert all(torch.equal(p, before[k]) for k, p in layer.state_dict().items())
-    missing = {k: p + 1 for k, p in before.items() if k != "B"}
-    if strict:
-        with pytest.raises(RuntimeError, match="B"):
-            layer.load_state_dict(missing)
-        assert all(torch.equal(p, before[k]) for k, p in layer.state_dict().items())
-    else:
-        layer.load_state_dict(missing, strict=False)
-        assert torch.equal(layer.B, before["B"]) and torch.equal(layer.C, before["C"] + 1)
+    with pytest.raises(RuntimeError, match="B"):
+        layer.load_state_dict({k: p + 1 for k, p in before.items() if k != "B"})
+    assert all(torch.equal(p, before[k]) for k, p in layer.state_dict().items())
     with pytest.raises(RuntimeError, match="surplus"):
         layer.load_state_dict(before | {"surplus": torch.zeros(1)})
+
+
+def test_a_part_of_a_state_is_loaded_where_that_is_asked_for():
+    """strict=False loads what is there, as in every module of torch."""
+    layer = ImplicitLayer(P, Q, N)
+    before = copy.deepcopy(layer.state_dict())
+    part = {k: p + 1 for k, p in before.items() if k != "B"}
+    found = layer.load_state_dict(part, strict=False)
+    assert found.missing_keys == ["B"] and torch.equal(layer.B, before["B"])
+    assert torch.equal(layer.C, before["C"] + 1) and torch.equal(layer.W, before["W"] + 1)
+
+
+def test_a_layer_inside_a_module_is_all_or_nothing_too():
+    layer = ImplicitLayer(P, Q, N)
+    before = copy.deepcopy(layer.state_dict())
+    state = {f"0.{k}": t for k, t in ImplicitLayer(P, Q, N).state_dict().items()}
+    with pytest.raises(RuntimeError, match="0.B: got shape"):
+        nn.Sequential(layer).load_state_dict(state | {"0.B": torch.zeros(N, P + 1)})
+    assert all(torch.equal(t, before[k]) for k, t in layer.state_dict().items())
+
+
+def test_two_layers_do_not_share_settings():
+    loose, tight = ImplicitLayer(P, Q, N, solver=Auto(rtol=1e-2)), ImplicitLayer(P, Q, N)
+    assert tight.solver.rtol is None and loose.solver.rtol == 1e-2
 
 
 @pytest.mark.parametrize("make", LAYERS, ids=LAYER_IDS)
 def test_representations_show_the_options(make):
     text = repr(make(activation="tanh", solver="newton", bias=False))
-    for word in ("in_features=3", "out_features=2", "state_features=5", "Tanh", "Newton", "bias=False"):
+    for word in (
+        "in_features=3",
+        "out_features=2",
+        "state_features=5",
+        "Tanh",
+        "Newton",
+        "bias=False",
+    ):
         assert word in text, text
     assert "low_rank=2" in repr(LAYERS[6]()) and "margin=0.1" in repr(MonotoneLayer(P, Q, N))
 
@@ -644,7 +676,9 @@ def test_radii_of_one_and_more_are_refused_for_a_nonexpansive_activation(kappa):
     for kind in (InfNormBall, PerronFrobenius):
         with pytest.raises(ValueError, match=">= 1"):
             ImplicitLayer(P, Q, N, well_posed=kind(kappa=kappa))
-    assert ImplicitLayer(P, Q, N, activation="sigmoid", well_posed=InfNormBall(kappa=kappa)).certificate
+    assert ImplicitLayer(
+        P, Q, N, activation="sigmoid", well_posed=InfNormBall(kappa=kappa)
+    ).certificate
 
 
 def test_the_facts_choose_the_solver():
@@ -659,7 +693,10 @@ def test_the_facts_choose_the_solver():
         assert reason in stats["reason"], stats
     big = MonotoneLayer(P, Q, 40).solve(randn(64, P)).stats
     assert "strongly monotone, m = 0.1" in big["reason"] and big["solver"] == "PeacemanRachford"
-    assert ImplicitLayer(P, Q, N, solver=PeacemanRachford(), well_posed="monotone")(u).shape == (8, Q)
+    assert ImplicitLayer(P, Q, N, solver=PeacemanRachford(), well_posed="monotone")(u).shape == (
+        8,
+        Q,
+    )
 
 
 # ---- ImplicitRNN --------------------------------------------------------------------------------
@@ -760,7 +797,7 @@ def test_an_equilibrium_of_a_module():
     z = layer(u)
     torch.testing.assert_close(layer.f(z, u), z, rtol=0, atol=1e-11)
     f, values = functional(layer)
-    f = lambda u, *v: torch.func.functional_call(  # noqa: E731
+    f = lambda u, *v: torch.func.functional_call(
         layer, dict(zip([k for k, _ in layer.named_parameters()], v, strict=True)), (u,)
     )
     assert gradcheck(f, (u.requires_grad_(), *values), check_forward_ad=True)
@@ -790,7 +827,7 @@ def test_states_of_any_shape_and_a_start():
 
 
 def test_a_declared_contraction_chooses_picard():
-    f = lambda z, u: 0.3 * torch.cos(z) + u  # noqa: E731
+    f = lambda z, u: 0.3 * torch.cos(z) + u
     told = EquilibriumLayer(f, P, contraction=0.3).solve(randn(4, P))
     assert told.stats["solver"] == "Picard" and "contraction" in told.stats["reason"]
     assert EquilibriumLayer(f, P).solve(randn(4, P)).stats["solver"] == "Anderson"
@@ -814,7 +851,11 @@ def test_an_equilibrium_layer_in_low_precision_and_with_token_inputs():
         (lambda: EquilibriumLayer(3, 4), TypeError, "f: got int, expected a callable"),
         (lambda: EquilibriumLayer(torch.add, 0), ValueError, "state_shape: got 0"),
         (lambda: EquilibriumLayer(torch.add, (2, -1)), ValueError, "state_shape"),
-        (lambda: EquilibriumLayer(torch.add, 2, contraction=1.0), ValueError, "contraction: got 1.0"),
+        (
+            lambda: EquilibriumLayer(torch.add, 2, contraction=1.0),
+            ValueError,
+            "contraction: got 1.0",
+        ),
         (lambda: EquilibriumLayer(torch.add, 2, solver="x"), ValueError, "solver: got 'x'"),
         (lambda: EquilibriumLayer(torch.add, 2)([1.0]), ValueError, "u: got list"),
         (lambda: EquilibriumLayer(torch.add, 2)(torch.tensor(1.0)), ValueError, r"u: got \(\)"),

@@ -68,7 +68,9 @@ def test_the_worst_residual_is_that_of_the_failed():
 
 def test_batched_shapes_are_flattened_in_the_message():
     s = solution(GOOD, GOOD, LIMIT, GOOD)
-    s = Solution(s.value.view(2, 2, 2), s.codes.view(2, 2), s.residual.view(2, 2), s.steps.view(2, 2))
+    s = Solution(
+        s.value.view(2, 2, 2), s.codes.view(2, 2), s.residual.view(2, 2), s.steps.view(2, 2)
+    )
     with pytest.raises(ConvergenceError, match="1 of 4 samples .*index 2"):
         s.check()
     assert s.statuses[2] is LIMIT and s.converged.shape == (2, 2)
@@ -100,7 +102,9 @@ def test_unknown_names():
 def test_errors_say_what_they_are():
     error = NotWellPosedError("no", margin=-0.5)
     assert error.margin == -0.5 and isinstance(error, ValueError | ImplicitDLError)
-    assert issubclass(NotWellPosedError, ImplicitDLError) and issubclass(NotWellPosedError, ValueError)
+    assert issubclass(NotWellPosedError, ImplicitDLError) and issubclass(
+        NotWellPosedError, ValueError
+    )
     assert ConvergenceError("no").solution is None
 
 

@@ -185,7 +185,9 @@ def test_compaction_is_invisible(member, dtype, monkeypatch):
     assert torch.equal(got.steps, expected.steps) and torch.equal(got.codes, expected.codes)
     assert torch.equal(got.stats["trajectory"], expected.stats["trajectory"])
     if case.exact is not None:
-        assert torch.allclose(got.value.double(), case.exact, atol=3e-4 if dtype.itemsize == 4 else 1e-9)
+        assert torch.allclose(
+            got.value.double(), case.exact, atol=3e-4 if dtype.itemsize == 4 else 1e-9
+        )
     if isinstance(solver, Picard):
         assert min(sizes) == 16  # it happened, down to a multiple of 16 rows
 
@@ -303,9 +305,7 @@ def test_the_best_iterate_is_kept():
     assert solution.status is Status.MAX_STEPS
     everywhere = _Looking(max_steps=6, rtol=1e-6)
     points = iter([0.0, 10.0, 1.0, 1.01, 7.0, 20.0, 40.0])
-    solution = everywhere.solve(
-        lambda z: torch.full_like(z, next(points)), torch.full((1, 1), 5.0)
-    )
+    solution = everywhere.solve(lambda z: torch.full_like(z, next(points)), torch.full((1, 1), 5.0))
     assert solution.value.item() == 1.0
     assert solution.residual.item() == pytest.approx(0.01 / (1e-10 + 1.01e-6), rel=1e-3)
 
@@ -483,9 +483,11 @@ def test_picard_does_not_keep_a_buffer_that_moves_on():
 
 
 def test_damping_is_what_it_says():
-    frames = Picard(damping=0.25).solve(
-        lambda z: 0.5 * z + 1, torch.zeros(1, 1), record=True
-    ).stats["trajectory"]
+    frames = (
+        Picard(damping=0.25)
+        .solve(lambda z: 0.5 * z + 1, torch.zeros(1, 1), record=True)
+        .stats["trajectory"]
+    )
     z, expected = 0.0, []
     for _ in range(4):
         expected.append(z)

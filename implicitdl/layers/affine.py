@@ -191,6 +191,17 @@ class _AffineLayer(nn.Module):
             f"bias={self.b is not None}, direct={self.D is not None}, solver={self.solver.name}"
         )
 
+    def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
+        """As in nn.Module, but with `strict` a missing key is refused before anything is loaded."""
+        missing = [name for name, _ in self.named_parameters() if name not in state_dict]
+        if strict and missing:
+            raise RuntimeError(
+                f"{type(self).__name__}: the state has no {', '.join(missing)}; it holds "
+                f"{', '.join(map(str, state_dict))}. Nothing was loaded; pass strict=False to load "
+                "the rest."
+            )
+        return super().load_state_dict(state_dict, strict=strict, assign=assign)
+
     def _load_from_state_dict(
         self, state_dict: Any, prefix: str, local_metadata: Any, strict: bool,
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
@@ -202,9 +213,7 @@ class _AffineLayer(nn.Module):
             for key, p in own.items()
             if key in state_dict and state_dict[key].shape != p.shape
         ]
-        lacking = [key for key in own if strict and key not in state_dict]
-        if wrong or lacking:
-            missing_keys.extend(lacking)
+        if wrong:
             error_msgs.extend(wrong)
             return
         super()._load_from_state_dict(

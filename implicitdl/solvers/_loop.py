@@ -263,12 +263,16 @@ class _Progress:
                 return False
         return self._sort_out(residual, z, k)
 
-    def _sort_out(self, residual: Tensor, z: Tensor, k: int) -> bool:
-        """The bookkeeping in full: some samples end, well or badly, and others go on."""
+    def _catch_up(self) -> None:
+        """Write down what the looks without bookkeeping left out."""
         if self.common:
             self.gain.fill_(self.common)
             self.steps.fill_(self.common)
             self.common = 0
+
+    def _sort_out(self, residual: Tensor, z: Tensor, k: int) -> bool:
+        """The bookkeeping in full: some samples end, well or badly, and others go on."""
+        self._catch_up()
         rows = self.rows
         pick = (lambda t: t) if rows is None else (lambda t: t[rows])
         active, best, codes = pick(self.active), pick(self.residual), pick(self.codes)
@@ -321,6 +325,8 @@ class _Progress:
 
     def solution(self, stats: dict[str, Any], record: "list[Tensor] | None") -> Solution:
         """What the loop found."""
+        if self.running:
+            self._catch_up()
         if record is not None:
             stats["trajectory"] = [*record, self.value]
         if self.value.shape[0] == 0 or self.value.shape[1] == 0:

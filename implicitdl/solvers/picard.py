@@ -31,7 +31,7 @@ class Picard(FixedPointSolver):
 
     def look(self, k: int, work: int, state: Any) -> bool:
         """Every step where a step is dear; else every fourth, and later every eighth of the way."""
-        return work > 1 << 24 or k % max(4, 1 << max(0, k.bit_length() - 4)) == 0
+        return work > 1 << 24 or k == 1 or k % max(4, 1 << max(0, k.bit_length() - 4)) == 0
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """One application; the buffer that z leaves takes the next value."""
