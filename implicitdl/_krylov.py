@@ -52,6 +52,8 @@ def gcr(
         scale = torch.linalg.vector_norm(q, dim=1, keepdim=True).clamp_min(tiny)
         q, p = torch.div(q, scale, out=images[slot]), torch.div(p, scale, out=directions[slot])
         length = torch.linalg.vecdot(q, r)[:, None]
+        running = torch.linalg.vector_norm(r, dim=1, keepdim=True) > target[:, None]
+        length = torch.where(running, length, 0.0)  # a finished row stays as it is
         x = torch.addcmul(x, length, p)
         r = torch.addcmul(r, length, q, value=-1)
         if not bool((torch.linalg.vector_norm(r, dim=1) > target).any()):

@@ -116,7 +116,10 @@ class AffineMap:
         return result if out is None else out.copy_(result)
 
     def __call__(self, z: Tensor, out: Tensor | None = None) -> Tensor:
-        return self.phi.call_(self.affine(z, out))
+        s = self.affine(z, out)
+        # In place only where no graph is recorded.
+        recording = out is None and torch.is_grad_enabled()
+        return self.phi(s) if recording else self.phi.call_(s)
 
     def linearize(self, z: Tensor) -> "LinearizedAffine":
         """J = P_d A with d = phi'(z A^T + v)."""
@@ -212,6 +215,8 @@ class LinearizedRows:
 
     def vjp(self, w: Tensor) -> Tensor:
         """J^T w."""
+        if not self.value.requires_grad:  # f does not depend on z at all
+            return torch.zeros_like(w)
         (out,) = torch.autograd.grad(
             self.value, self.z, w, retain_graph=True, allow_unused=True, materialize_grads=True
         )
@@ -219,6 +224,8 @@ class LinearizedRows:
 
     def jvp(self, w: Tensor) -> Tensor:
         """J w: the vjp of the vjp, which is linear in its cotangent; its graph is kept."""
+        if not self.value.requires_grad:
+            return torch.zeros_like(w)
         if self._jvp is None:
             with torch.enable_grad():
                 cotangent = torch.zeros_like(self.value).requires_grad_()

@@ -296,7 +296,7 @@ class ImplicitModel:
         from safetensors.torch import save_file
 
         header = {"version": _VERSION, "phi": self.phi.to_config()}
-        tensors = {name: getattr(self, name).detach().contiguous() for name in _NAMES}
+        tensors = {name: getattr(self, name).detach().clone().contiguous() for name in _NAMES}
         save_file(tensors, os.fspath(path), metadata={_FORMAT: json.dumps(header)})
 
     @staticmethod

@@ -149,7 +149,9 @@ class Solution:
         codes = self.codes.flatten()
         bad = torch.nonzero(codes != Status.CONVERGED.code).flatten()
         shown = ", ".join(map(str, bad[:8].tolist())) + (", ..." if bad.numel() > 8 else "")
-        worst = float(self.residual.flatten()[bad].nan_to_num(nan=torch.inf).max())
+        worst = float(
+            self.residual.flatten()[bad].nan_to_num(nan=torch.inf, posinf=torch.inf).max()
+        )
         advice = " ".join(_BY_CODE[c].value for c in sorted(set(codes[bad].tolist())))
         return (
             f"{bad.numel()} of {codes.numel()} samples did not converge (index {shown}) within "

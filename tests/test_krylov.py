@@ -94,3 +94,12 @@ def test_tiny_right_hand_sides():
     x, steps = gcr(times(M), b, rtol=1e-8, max_steps=50)
     small, same = gcr(times(M), b * 1e-30, rtol=1e-8, max_steps=50)
     assert steps == same and torch.allclose(small * 1e30, x)
+
+
+def test_a_restart_forgets_everything():
+    """Six products with a memory of three are twice three, the second from where the first ended."""
+    M, b = system(2, 30, shift=0.95), randn(2, 30, seed=1)
+    whole, _ = gcr(times(M), b, rtol=1e-15, max_steps=6, memory=3)
+    first, _ = gcr(times(M), b, rtol=1e-15, max_steps=3)
+    second, _ = gcr(times(M), b - times(M)(first), rtol=1e-15, max_steps=3)
+    assert torch.allclose(whole, first + second, atol=1e-13)

@@ -296,7 +296,7 @@ def test_training_moves_every_parameter_and_stays_well_posed():
         loss.backward()
         optimiser.step()
         losses.append(float(loss.detach()))
-        assert float(layer.A.abs().sum(1).max()) <= 0.8 + 1e-9
+        assert float(layer.A.detach().abs().sum(1).max()) <= 0.8 + 1e-9
     assert losses[-1] < losses[0] / 4
     assert all(not torch.equal(p, before[k]) for k, p in layer.named_parameters())
 
@@ -880,3 +880,28 @@ def test_copies_of_an_equilibrium_layer():
     other = EquilibriumLayer(Cell(4, P), 4, solver="broyden")
     other.load_state_dict(layer.state_dict())
     assert torch.equal(other(u), z)
+
+
+# ---- more of the same ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("value", [float("inf"), float("-inf")])
+@pytest.mark.parametrize("activation", ["relu", "tanh", "sigmoid", "hardtanh"])
+def test_an_infinite_input_is_never_answered(activation, value):
+    """A bounded activation would squash it to a plausible number."""
+    layer, u = ImplicitLayer(P, Q, N, activation=activation), randn(3, P)
+    with torch.no_grad():
+        layer.B.abs_()  # nothing cancels to NaN on the way
+    u[1] = value
+    with pytest.raises(ConvergenceError, match=r"1 of 3 samples .*index 1\)"):
+        layer(u)
+
+
+def test_a_bad_sample_of_a_closure_is_named():
+    layer, u = EquilibriumLayer(lambda z, u: torch.tanh(z.roll(1, 1) / 2 + u), P), randn(6, P)
+    good = layer.solve(u).value
+    u[2, 1] = torch.nan
+    with pytest.raises(ConvergenceError, match=r"1 of 6 samples .*index 2\)") as caught:
+        layer(u)
+    keep = torch.arange(6) != 2
+    assert torch.equal(caught.value.solution.value[keep], good[keep])

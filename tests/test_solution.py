@@ -56,6 +56,7 @@ def test_a_failure_raises_with_everything_in_it():
     assert "10 of 12 samples" in text and "index 1, 3, 4, 5, 6, 7, 8, 9, ..." in text
     assert "within 14 steps" in text and "inf, expected below 1" in text
     assert LIMIT.value in text and NAN.value in text and Status.DIVERGED.value not in text
+    assert "below 1. " + LIMIT.value in text  # the advice of those that failed, worst last
 
 
 def test_the_worst_residual_is_that_of_the_failed():

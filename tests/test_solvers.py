@@ -98,6 +98,16 @@ def test_a_diverging_batch_mate_changes_nothing(solver):
     assert got.statuses[4] in (Status.DIVERGED, Status.MAX_STEPS, Status.STALLED)
 
 
+def test_a_huge_ratio_is_not_an_infinite_value():
+    """f(z) = 0 with atol = 0 makes the scaled residual overflow; nothing is infinite in it."""
+    f = AffineMap(-torch.eye(2), torch.tensor([[-1.0, -2.0]]), ReLU())
+    for dtype in DTYPES:
+        g = dataclasses.replace(f, A=f.A.to(dtype), v=f.v.to(dtype))
+        for solver in (Picard(atol=0.0), Anderson(atol=0.0), Newton(atol=0.0)):
+            solution = solver.solve(g, torch.full((1, 2), 10.0, dtype=dtype))
+            assert solution.status is Status.CONVERGED and not solution.value.any(), solver
+
+
 def test_growth_beyond_all_bounds_is_called_divergence():
     solution = Picard().solve(lambda z: 3 * z * z + 1, torch.ones(2, 1))
     assert solution.statuses == [Status.DIVERGED] * 2

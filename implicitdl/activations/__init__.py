@@ -68,7 +68,10 @@ def from_config(config: Mapping[str, Any]) -> Activation:
         if key not in values and f.default is f.default_factory is dataclasses.MISSING:
             raise ValueError(f"config of {cls.__name__}: got no {key!r}, expected one")
     if "parts" in values and issubclass(cls, Blocks):
-        values["parts"] = tuple((from_config(part), n) for part, n in values["parts"])
+        try:
+            values["parts"] = tuple((from_config(part), n) for part, n in values["parts"])
+        except TypeError as error:
+            raise ValueError(f"config of Blocks: got parts {values['parts']!r}") from error
     return cls(**values)
 
 

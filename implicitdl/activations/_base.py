@@ -33,7 +33,7 @@ class Activation(abc.ABC):
         >>> from dataclasses import dataclass
         >>> from implicitdl.activations import Activation, get_activation
         >>> @dataclass(frozen=True, kw_only=True)
-        ... class Arctan(Activation):
+        ... class InverseTangent(Activation):
         ...     slope = (0.0, 1.0)
         ...     range = (-math.pi / 2, math.pi / 2)
         ...     def __call__(self, z):
@@ -42,7 +42,7 @@ class Activation(abc.ABC):
         ...         return z * torch.atan(z) - 0.5 * torch.log1p(z * z)
         ...     def conjugate(self, x):
         ...         return -torch.log(torch.cos(x))
-        >>> round(get_activation("arctan").prox(torch.tensor(1.0), 0.5).item(), 4)
+        >>> round(get_activation("inverse_tangent").prox(torch.tensor(1.0), 0.5).item(), 4)
         0.8535
     """
 

@@ -142,6 +142,10 @@ class Unrolled(Adjoint):
 
     steps: int = 100
 
+    def __post_init__(self) -> None:
+        if not (isinstance(self.steps, int) and self.steps >= 1):
+            raise ValueError(f"Unrolled: steps={self.steps!r}, expected an integer >= 1.")
+
     def run(
         self, f: "Map | AffineMap", z0: Tensor, solver: FixedPointSolver, **kwargs: Any
     ) -> Solution:

@@ -127,6 +127,18 @@ def _fold(info: Any, dims: tuple[int | None, ...], A: Tensor, *rows: Tensor) -> 
     return A, *folded
 
 
+def _refuse_nested_forward_mode() -> None:
+    """What a Function saves for forward mode has lost the tangents of an outer forward mode, so
+    that torch.func.jacfwd(jacfwd(...)) would be wrong without a word."""
+    functorch = torch._C._functorch
+    modes = [level.key() for level in functorch.get_interpreter_stack() or []]
+    if modes.count(functorch.TransformType.Jvp) > 1:
+        raise RuntimeError(
+            "Forward mode inside forward mode cannot be had through an implicit solve. For second "
+            "derivatives use torch.func.hessian, which is jacfwd(jacrev(...)), or reverse mode."
+        )
+
+
 class _Solve(torch.autograd.Function):
     """The solve alone, for transforms: a constant, of which `Attach` makes a function."""
 
@@ -176,6 +188,7 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dA: Any, dv: Any, *_: Any) -> Tensor:  # type: ignore[override]
         A, v, x = ctx.saved_tensors
+        _refuse_nested_forward_mode()
         d = ctx.equation.phi.derivative(AffineMap(A, v, ctx.equation.phi).affine(x))
         c = torch.zeros_like(x) if dv is None else dv
         if dA is not None:
@@ -219,6 +232,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def jvp(ctx: Any, dM: Any, dd: Any, dc: Any, *_: Any) -> Tensor:  # type: ignore[override]
         M, d, c, y = ctx.saved_tensors
+        _refuse_nested_forward_mode()
         phi = ctx.equation.phi
         shift = torch.zeros_like(y) if dc is None else dc
         if dM is not None:

@@ -48,7 +48,7 @@ class _AffineLayer(nn.Module):
             "state_features": state_features,
         }
         for name, size in sizes.items():
-            if not isinstance(size, int) or size < 1:
+            if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: got {size!r}, expected an integer >= 1.")
             setattr(self, name, size)
         self.activation = get_activation(activation)
@@ -196,7 +196,7 @@ class _AffineLayer(nn.Module):
         missing = [name for name, _ in self.named_parameters() if name not in state_dict]
         if strict and missing:
             raise RuntimeError(
-                f"{type(self).__name__}: the state has no {', '.join(missing)}; it holds "
+                f"{type(self).__name__}: Missing key(s) in state_dict: {', '.join(missing)}; it holds "
                 f"{', '.join(map(str, state_dict))}. Nothing was loaded; pass strict=False to load "
                 "the rest."
             )

@@ -102,8 +102,17 @@ class EquilibriumLayer(nn.Module):
                 raise ValueError(
                     f"z0: got shape {tuple(z0.shape)}, expected {(u.shape[0], *self.state_shape)}."
                 )
+            sick = ~torch.isfinite(u).reshape(u.shape[0], -1).all(dim=1) if u.numel() else None
+
+            def f(z: Tensor) -> Tensor:
+                out = self.f(z, u)
+                # An infinite input may have a finite image (tanh), and is no answer all the same.
+                if sick is not None and bool(sick.any()):
+                    out = torch.where(sick.view(-1, *[1] * (out.dim() - 1)), torch.nan, out)
+                return out
+
             return fixed_point(
-                lambda z: self.f(z, u), z0, solver=self.solver, adjoint=self.adjoint,
+                f, z0, solver=self.solver, adjoint=self.adjoint,
                 on_failure=on_failure, record=record, contraction=self.contraction,
             )  # fmt: skip
 

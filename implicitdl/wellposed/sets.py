@@ -124,7 +124,7 @@ class _RowBall(WellPosedSet):
     def forward(self, W: Tensor) -> Tensor:
         rows = self._rows(W)
         # A quotient of equal numbers is exactly 1: inside the ball this is the identity.
-        return W * (self.kappa / rows.clamp_min(self.kappa))[..., None]
+        return W * (torch.full_like(rows, self.kappa) / rows.clamp_min(self.kappa))[..., None]
 
     @torch.no_grad()
     def project(self, A: Tensor) -> Tensor:
