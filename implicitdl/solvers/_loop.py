@@ -241,7 +241,10 @@ class _Progress:
         size = torch.linalg.vector_norm(fz, dim=1)
         # The smallest normal number keeps an exact zero from being 0/0.
         floor = self.atol * math.sqrt(z.shape[1]) + torch.finfo(z.dtype).tiny
-        return torch.linalg.vector_norm(fz - z, dim=1) / (size * self.rtol + floor)
+        change = torch.linalg.vector_norm(fz - z, dim=1)
+        ratio = change / (size * self.rtol + floor)
+        # A huge ratio is no infinite value: only the change itself says that a sample is lost.
+        return torch.where(change < torch.inf, ratio.clamp(max=torch.finfo(z.dtype).max), change)
 
     def look(self, z: Tensor, fz: Tensor, k: int, exact: Map | None) -> bool:
         """Record where every running sample stands; True when none is left."""
