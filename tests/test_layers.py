@@ -657,19 +657,6 @@ def test_wrong_options_are_named(options, message):
         ImplicitLayer(**arguments)
 
 
-@pytest.mark.parametrize("kappa", [0.0, 1.0, 1.5, -0.5, float("nan")])
-def test_radii_that_are_none(kappa):
-    for kind in (InfNormBall, PerronFrobenius):
-        with pytest.raises(ValueError, match="kappa: got"):
-            kind(kappa=kappa)
-    with pytest.raises(ValueError, match="got"):
-        MonotoneLayer(P, Q, N, margin=kappa)
-    with pytest.raises(ValueError):
-        MonotoneLayer(P, Q, N, activation="silu")
-    with pytest.raises(TypeError):
-        ImplicitLayer(P, Q, N, "relu")
-
-
 def test_the_facts_choose_the_solver():
     u = randn(8, P)
     reasons = {
