@@ -103,3 +103,14 @@ def test_a_restart_forgets_everything():
     first, _ = gcr(times(M), b, rtol=1e-15, max_steps=3)
     second, _ = gcr(times(M), b - times(M)(first), rtol=1e-15, max_steps=3)
     assert torch.allclose(whole, first + second, atol=1e-13)
+
+
+def test_an_ill_conditioned_system_is_solved_as_far_as_rounding_allows():
+    """Condition 1e6: what is believed to be the residual is still the true one to nine digits."""
+    n = 40
+    Q = torch.linalg.qr(randn(n, n, seed=1))[0]
+    M = (Q * torch.logspace(-6, 0, n, dtype=torch.float64)) @ Q.mT
+    b = randn(3, n, seed=2).double()
+    x, spent = gcr(lambda w: w @ M.mT, b, rtol=1e-9, max_steps=n + 2, memory=n)
+    r = (b - x @ M.mT).norm(dim=1) / b.norm(dim=1)
+    assert spent <= n + 2 and bool((r < 1e-7).all()), r

@@ -657,6 +657,13 @@ def test_wrong_options_are_named(options, message):
         ImplicitLayer(**arguments)
 
 
+@pytest.mark.parametrize("kappa", [1.0, 1.5])
+@pytest.mark.parametrize("kind", [InfNormBall, PerronFrobenius])
+def test_radii_of_one_and_more_are_refused_for_a_slope_of_one(kind, kappa):
+    with pytest.raises(ValueError, match="kappa"):
+        ImplicitLayer(P, Q, N, well_posed=kind(kappa=kappa))
+
+
 def test_the_facts_choose_the_solver():
     u = randn(8, P)
     reasons = {
@@ -881,3 +888,15 @@ def test_a_bad_sample_of_a_closure_is_named():
         layer(u)
     keep = torch.arange(6) != 2
     assert torch.equal(caught.value.solution.value[keep], good[keep])
+
+
+@pytest.mark.parametrize("make", [LAYERS[0], LAYERS[2], LAYERS[-1]], ids=["inf", "mm", "mon"])
+def test_the_error_bound_is_the_residual_times_the_constant(make):
+    layer = stretched(make(dtype=torch.float32))
+    u = randn(4, P).float()
+    s = layer.solve(u)
+    proof = layer.certificate(refute=False)
+    v = nn.functional.linear(u, layer.B, layer.b).double()
+    x = s.value.detach().double()
+    residual = layer.activation(x @ layer.A.double().mT + v).detach() - x
+    torch.testing.assert_close(s.error_bound, proof.error_bound(residual), rtol=1e-6, atol=1e-14)

@@ -165,3 +165,10 @@ def test_the_graph_of_a_closure_is_not_built_while_solving():
         got = f.linearize(randn(M, N))
         assert not got.jvp(torch.ones(M, N)).requires_grad
     assert weight.grad is None
+
+
+@pytest.mark.parametrize("phi", PHIS, ids=str)
+def test_selecting_rows_of_an_adjoint_equation_selects_its_derivatives(phi):
+    f, z, rows = affine(phi), randn(M, N, seed=4), torch.tensor([3, 1])
+    adjoint = f.transposed(phi.derivative(f.affine(z)), randn(M, N, seed=5))
+    assert torch.allclose(adjoint.select(rows)(z[rows]), adjoint(z)[rows])

@@ -434,3 +434,12 @@ def test_from_torchidl():
     assert float(close.abs().max()) < 1e-10
     with pytest.raises(ValueError, match=r"no 'B' among \['A', 'C'\]"):
         ImplicitModel.from_torchidl({"A": A, "C": C})
+
+
+def test_a_softmax_triangle_is_not_acyclic():
+    """Softmax couples its states: they depend on each other through more than A."""
+    A = 0.5 * randn(5, 5).triu(1)
+    for phi, acyclic in (("softmax", False), ("tanh", True)):
+        m = ImplicitModel(A, randn(5, 3), randn(2, 5), phi=phi)
+        assert m._facts()["acyclic"] is acyclic
+        assert ("triangular" in m.solve(randn(4, 3)).stats["reason"]) is acyclic

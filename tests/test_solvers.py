@@ -11,7 +11,7 @@ from conformance import MEMBERS, Member, check_solver, check_trajectory, poisone
 from problems import PROBLEMS, affine, monotone_matrix, rand, randn, rms, row_sums
 
 from implicitdl.activations import ELU, GELU, Identity, ReLU, SiLU, Tanh
-from implicitdl.maps import AffineMap
+from implicitdl.maps import AffineMap, RowMap
 from implicitdl.solution import Status
 from implicitdl.solvers import (
     Anderson,
@@ -342,8 +342,8 @@ def test_rounding_is_called_by_its_name():
 
 
 def test_slow_progress_is_not_rounding():
-    """A rate of 0.999 a step gains little in 100 steps, and still arrives."""
-    for kappa in (0.95, 0.999):
+    """A rate of 0.99 a step gains nothing to speak of in one step, and still arrives."""
+    for kappa in (0.95, 0.99):
         f = AffineMap(torch.full((1, 1), kappa), torch.tensor([[1.0], [0.0]]), Identity())
         for solver in (Picard(max_steps=100000), _Looking(max_steps=100000)):
             solution = solver.solve(f, torch.zeros(2, 1))  # one of them is done at once
@@ -536,6 +536,17 @@ def test_anderson_on_an_affine_map_is_a_krylov_method():
     assert torch.allclose(solution.value, problem.exact, atol=1e-5)
 
 
+def test_broyden_ends_on_affine_maps():
+    """After 2 n steps, whatever the Jacobian (Gay 1979)."""
+    for seed in range(5):
+        n = 5
+        A = randn(n, n, seed=seed) / n**0.5
+        problem = affine("linear", A, Identity(), 1.0, seed=seed)
+        solution = Broyden(memory=20, rtol=1e-9, growth=1e6).solve(problem.f, problem.z0)
+        assert int(solution.steps.max()) <= 2 * n + 2, seed
+        assert torch.allclose(solution.value, problem.exact, atol=1e-6)
+
+
 @pytest.mark.parametrize("solver", [Anderson(), Broyden()], ids=str)
 def test_memory_does_not_grow_with_the_step_limit(solver):
     """What is live at the end of a long solve is what was live early on."""
@@ -632,11 +643,28 @@ def test_splittings_solve_what_picard_cannot(cls):
 
 
 def test_peaceman_rachford_starts_where_it_is_told():
-    """From the answer it stays there, for any step length."""
+    """From the answer it stays there, for any step length; from nearby it comes no further off."""
     problem = PROBLEMS["monotone-tanh"](torch.float64)
+    f, x = problem.f, problem.exact
     for alpha in (None, 0.1, 3.0):
-        solution = PeacemanRachford(alpha=alpha).solve(problem.f, problem.exact)
-        assert int(solution.steps.max()) <= 2
+        solver = PeacemanRachford(alpha=alpha)
+        state = solver.init(f, x, f(x))
+        z, fz, state = solver.step(f, x, f(x), state)
+        assert torch.allclose(z, x, atol=1e-12) and torch.allclose(fz, x, atol=1e-12)
+        assert not solver.exact(state)
+
+
+def test_auto_asks_the_solver_whose_turn_it_is():
+    problem = PROBLEMS["monotone-relu"](torch.float64)
+    wide = affine("wide", monotone_matrix(64), ReLU(), 1.0, batch=64, monotone=0.59)
+    state = Auto().init(wide.f, wide.z0, wide.f(wide.z0))
+    assert Auto().describe(state)["solver"] == "PeacemanRachford" and not Auto().exact(state)
+    plain = dataclasses.replace(problem.f, monotone=None)
+    assert Auto().exact(Auto().init(plain, problem.z0, plain(problem.z0)))
+    upper = dataclasses.replace(plain, acyclic=True)  # Picard, which need not look at every step
+    state = Auto().init(upper, problem.z0, upper(problem.z0))
+    looks = [Auto().look(k, 10, state) for k in range(1, 9)]
+    assert looks == [Picard().look(k, 10, None) for k in range(1, 9)] and not all(looks)
 
 
 CHOICES = [
@@ -714,3 +742,53 @@ def test_three_dimensional_a_is_one_matrix_a_group():
     for solver in GENERAL:
         solution = solver.solve(f, torch.zeros(6, 6))
         assert torch.allclose(solution.value, torch.cat(each), atol=1e-9), solver
+
+
+# --- safeguards, one step at a time
+
+
+def at_residual(value):
+    """z, f(z) whose difference has that norm, along a direction of its own."""
+    direction = torch.nn.functional.normalize(randn(2, 6, seed=int(1000 * value)), dim=1)
+    z = randn(2, 6, seed=int(1000 * value) + 1)
+    return z, z + value * direction
+
+
+@pytest.mark.parametrize("cls", [Anderson, Broyden])
+def test_a_bad_step_is_undone_from_the_best_iterate_seen(cls):
+    """Residuals 1, 5, 80, 80: the first is the best; 5 is tolerated, 80 is not, not even twice."""
+    solver, f = cls(), RowMap(lambda z: z / 2, torch.Size((2, 6)))
+    z, fz = at_residual(1.0)
+    good = fz.clone()
+    state = solver.init(f, z, fz)
+    *_, state = solver.step(f, z, fz, state)
+    taken = []
+    for value in (5.0, 80.0, 81.0):
+        z, fz, state = solver.step(f, *at_residual(value), state)
+        taken.append(z)
+    assert not torch.equal(taken[0], good)
+    assert torch.equal(taken[1], good) and torch.equal(taken[2], good)
+
+
+def test_anderson_drops_a_difference_in_the_span_of_the_others():
+    """What rounding leaves of it would be blown up to length one."""
+    columns = torch.zeros(3, 2, 8)
+    first = randn(2, 8, seed=1)
+    Anderson._append(columns[:1], 0, first, 4)
+    Anderson._append(columns[:2], 1, 3 * first + 1e-14 * randn(2, 8, seed=2), 4)
+    assert not bool(columns[1].any())
+    Anderson._append(columns, 2, randn(2, 8, seed=3), 4)
+    r = columns[..., :4]
+    gram = torch.einsum("imn,jmn->mij", r, r)
+    assert torch.allclose(gram, torch.diag(torch.tensor([1.0, 0.0, 1.0])), atol=1e-12)
+
+
+@pytest.mark.parametrize("alpha", [None, 0.1, 3.0])
+def test_peaceman_rachford_stays_at_an_answer(alpha):
+    problem = PROBLEMS["monotone-tanh"](torch.float64)
+    solver, x = PeacemanRachford(alpha=alpha), problem.exact
+    state = solver.init(problem.f, x, problem.f(x))
+    for _ in range(3):
+        x, fx, state = solver.step(problem.f, x, x, state)
+        assert torch.allclose(x, problem.exact, atol=1e-12)
+        assert torch.allclose(fx, problem.exact, atol=1e-12)
