@@ -496,6 +496,7 @@ def test_the_bias_of_one_step_is_of_the_order_of_kappa_to_the_steps():
     for k, error in zip((1, 2, 4, 8), found, strict=True):
         assert 0.3 * 0.6**k < error < 1.5 * 0.6**k
     assert errors(OneStep(steps=4, damping=0.5)) > found[2]
+    assert found[2] < errors(OneStep(steps=4, damping=0.1)) < errors(OneStep(steps=4, damping=0.6))
 
 
 def test_the_bias_of_neumann_is_of_the_order_of_kappa_to_the_terms():

@@ -900,3 +900,14 @@ def test_the_error_bound_is_the_residual_times_the_constant(make):
     x = s.value.detach().double()
     residual = layer.activation(x @ layer.A.double().mT + v).detach() - x
     torch.testing.assert_close(s.error_bound, proof.error_bound(residual), rtol=1e-6, atol=1e-14)
+
+
+@pytest.mark.parametrize("make", LAYERS, ids=LAYER_IDS)
+def test_the_solver_is_told_what_the_set_guarantees_and_no_more(make):
+    layer = make()
+    told = layer.equation
+    facts = {"contraction": None, "strongly_monotone": None, "acyclic": False}
+    if layer.well_posed is not None:
+        facts = layer.well_posed.facts(layer.activation)
+    assert (told.contraction, told.acyclic) == (facts["contraction"], facts["acyclic"])
+    assert told.monotone == facts["strongly_monotone"]

@@ -107,6 +107,7 @@ def test_the_facts_it_gives_to_the_solver():
     # A softmax couples the states: zeros on and below the diagonal do not make it one pass.
     m = model(phi="softmax", kappa=0.5)
     m = ImplicitModel(torch.triu(m.A, 1), *tensors(m)[1:], phi="softmax")
+    assert not m._facts()["acyclic"]
     assert torch.allclose(m(randn(4, 3)), run(m, randn(4, 3)), atol=1e-10)
 
 

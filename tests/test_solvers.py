@@ -792,3 +792,50 @@ def test_peaceman_rachford_stays_at_an_answer(alpha):
         x, fx, state = solver.step(problem.f, x, x, state)
         assert torch.allclose(x, problem.exact, atol=1e-12)
         assert torch.allclose(fx, problem.exact, atol=1e-12)
+
+
+@pytest.mark.parametrize("solver", [Picard(max_steps=25), Picard(damping=0.1, max_steps=25)])
+def test_the_best_is_not_lost_when_its_buffer_is_used_again(solver):
+    """Residuals fall, then grow: one mode damped, one slowly taking over."""
+    f = AffineMap(torch.diag(torch.tensor([0.2, 1.4])), torch.zeros(2, 2), Identity())
+    solution = solver.solve(f, torch.tensor([[1.0, 1e-5], [2.0, 1e-5]]))
+    assert solution.statuses == [Status.MAX_STEPS] * 2
+    found = rms(f(solution.value) - solution.value)
+    claimed = solution.residual * (solver.atol + 1e-12 * rms(f(solution.value)))
+    assert torch.allclose(found, claimed, rtol=1e-3)
+    assert bool((found < 1e-3).all())
+
+
+def test_what_a_recurrence_calls_converged_is_checked():
+    """A solver whose f(z) is not evaluated may claim what it likes: f itself decides."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class _Claims(FixedPointSolver):
+        def step(self, f, z, fz, state):
+            z = f(z)
+            return z, z.clone(), state
+
+        def exact(self, state):
+            return False
+
+    f = AffineMap(0.5 * torch.eye(2), torch.ones(3, 2), Identity())
+    solution = _Claims().solve(f, torch.zeros(3, 2))
+    assert solution.status is Status.CONVERGED and int(solution.steps.min()) > 20
+    assert torch.allclose(solution.value, torch.full((3, 2), 2.0), atol=1e-10)
+
+
+@pytest.mark.parametrize("contraction", [None, 0.5])
+@pytest.mark.parametrize("solver", [Anderson(growth=3.0), Broyden(growth=3.0)])
+def test_a_step_beyond_the_tolerated_growth_is_undone(solver, contraction):
+    """From 3 times the best residual, or from NaN, back to f at the best iterate; not before."""
+    f = AffineMap(0.1 * torch.eye(2), torch.ones(4, 2), Identity(), contraction=contraction)
+    z = torch.full((4, 2), 1.2)
+    fz = f(z)
+    far, _, state = solver.step(f, z, fz, solver.init(f, z, fz))
+    far[0] += 100.0
+    far[1, 0] = torch.nan
+    far[2] += 0.01  # worse than it was, within reach
+    z_next, f_next, _ = solver.step(f, far, f(far), state)
+    assert torch.equal(z_next[:2], fz[:2])
+    assert bool(z_next.isfinite().all()) and bool(f_next.isfinite().all())
+    assert not (z_next[2:] == fz[2:]).all(dim=1).any()
