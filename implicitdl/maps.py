@@ -7,12 +7,14 @@ A solver is given rows z  # (m, n)  and asks a map for three things:
     f.select(index)         the same map for some of the rows, or None where that cannot be had
 
 `AffineMap` is the one with structure, x = phi(A x + v): linearising it costs nothing, its adjoint
-is another AffineMap, and it carries the facts that solvers choose by.
+is another AffineMap, and it carries the facts that solvers choose by. What a solver computes from A
+alone (`Factors`) is shared by the solve, its adjoint and its tangents.
 """
 
+import functools
 from collections.abc import Callable
-from dataclasses import dataclass, replace
-from typing import Any, Protocol
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -44,6 +46,7 @@ class Scaled(Activation, register=False):
 
     phi: Activation
     d: Tensor  # (m, n)
+    _shrink: dict[Any, Tensor] = field(default_factory=dict, repr=False, compare=False)
 
     @property
     def slope(self) -> tuple[float, float]:  # type: ignore[override]
@@ -61,6 +64,7 @@ class Scaled(Activation, register=False):
         return self.phi.entrywise
 
     homogeneous = True
+    linear = True
 
     def __call__(self, z: Tensor) -> Tensor:
         return self.phi.product(self.d, z)
@@ -73,17 +77,150 @@ class Scaled(Activation, register=False):
         """d, wherever: the map is linear."""
         return self.d
 
+    def derivative_at(self, x: Tensor) -> Tensor:
+        """d, wherever."""
+        return self.d
+
     def product(self, d: Tensor, w: Tensor) -> Tensor:
         """P_d w."""
         return self.phi.product(d, w)
 
     def prox(self, v: Tensor, t: float | Tensor = 1.0) -> Tensor:
         """argmin_x t (x^2/d - x^2)/2 + (x - v)^2/2 = v d / (d + t (1 - d)), for d in [0, 1]."""
-        return v * (self.d / (self.d + t * (1 - self.d)))
+        if t not in self._shrink:  # every step of a splitting asks for the same
+            self._shrink[t] = self.d / (self.d + t * (1 - self.d))
+        return v * self._shrink[t]
 
     def rows(self, index: Tensor) -> "Scaled":
         """The same for some of the samples."""
-        return replace(self, d=self.d[index])
+        return replace(self, d=self.d[index], _shrink={})
+
+
+class Dominant(NamedTuple):
+    """A = U V^T + E with U the direction that A maps to most, as far as a few products find it.
+
+    V = A^T U, so that E = (I - U U^T) A: for an A of rank one E is zero. The estimates are no
+    bounds: solvers choose by them, nothing is certified by them.
+    """
+
+    U: Tensor  # (n,) of length one
+    V: Tensor  # (n,)
+    UV: Tensor  # (n,) U_i V_i
+    rate: float  # ||A w|| / ||w|| after two steps of the power method: about A's spectral radius
+    rest: float  # ||E w|| / ||w|| at a w orthogonal to U: about that of E
+    spread: float  # sum |U_i V_i| >= |V^T D U| for every diagonal D with entries in [-1, 1]
+
+
+class Factors:
+    """What solvers compute from A alone: found when first asked for, and kept.
+
+    `mT` is the same for A^T, as the adjoint equation needs it, and shares the inverses.
+    """
+
+    def __init__(self, A: Tensor, partner: "Factors | None" = None):
+        self.A, self._version = A, _version(A)
+        self._partner = partner
+        self._dominant: Dominant | None = None
+        self._norm: float | None = None
+        self._inverse: dict[float, Tensor] = {}
+
+    def of(self, A: Tensor) -> bool:
+        """Whether they are those of A as it is now: the same memory, not written to since."""
+        own = self.A
+        same = own is A or (
+            own.data_ptr() == A.data_ptr() and (own.shape, own.stride()) == (A.shape, A.stride())
+        )
+        return same and self._version == _version(A)
+
+    @property
+    def mT(self) -> "Factors":
+        """The factors of A^T."""
+        if self._partner is None:
+            self._partner = Factors(self.A.mT, self)
+        return self._partner
+
+    def dominant(self) -> Dominant:
+        """Three steps of the power method, a product with A^T, and one with what is left."""
+        if self._dominant is None:
+            A = self.A
+            tiny = torch.finfo(A.dtype).tiny
+            first = torch.mv(A, _probe(A.shape[0], A.dtype, A.device))
+            w = torch.mv(A, first)
+            w = w / torch.linalg.vector_norm(w).clamp_min_(tiny)
+            U = torch.mv(A, w)
+            size = torch.linalg.vector_norm(U)
+            U = U / size.clamp_min(tiny)
+            V = torch.mv(A.mT, U)
+            UV = U * V
+            # Of the first iterate, what U does not explain holds all the other directions.
+            w = torch.addcmul(first, U, torch.dot(U, first), value=-1)
+            after = torch.addcmul(torch.mv(A, w), U, torch.dot(V, w), value=-1)
+            sizes = [torch.linalg.vector_norm(t) for t in (first, w, after)]
+            sizes = [size, *sizes, torch.linalg.vector_norm(UV, 1)]
+            rate, whole, before, rest, spread = torch.stack(sizes).tolist()
+            # What rounding leaves of an exact eigenvector says nothing about the rest.
+            noise = 10 * torch.finfo(A.dtype).eps * whole
+            rest = rest / before if before > noise else 0.0
+            self._dominant = Dominant(U, V, UV, rate, rest, spread)
+        return self._dominant
+
+    def norm(self) -> float:
+        """||I - A||_2 from below, by the power method."""
+        if self._norm is None:
+            A = self.A
+            w = _probe(A.shape[0], A.dtype, A.device)
+            for _ in range(3):
+                w = w / torch.linalg.vector_norm(w).clamp_min(torch.finfo(A.dtype).tiny)
+                last = w = w - torch.mv(A, w)
+                w = w - torch.mv(A.mT, w)
+            self._norm = float(torch.linalg.vector_norm(last))
+        return self._norm
+
+    def resolvent(self, alpha: float) -> Tensor:
+        """(I + alpha (I - A))^-1, for I - A monotone and alpha > 0.  # (n, n)"""
+        if alpha not in self._inverse:
+            if self._partner is not None and alpha in self._partner._inverse:
+                self._inverse[alpha] = self._partner._inverse[alpha].mT
+            else:
+                eye = torch.eye(self.A.shape[0], dtype=self.A.dtype, device=self.A.device)
+                self._inverse[alpha] = monotone_inverse((1 + alpha) * eye - alpha * self.A)
+        return self._inverse[alpha]
+
+
+@functools.lru_cache(maxsize=64)
+def _probe(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """A vector with some of every direction, and most of the Perron vector of an A >= 0."""
+    with torch.inference_mode(False):
+        uniform = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return ((0.5 + uniform) / n**0.5).to(device, dtype)
+
+
+def _version(A: Tensor) -> int | None:
+    return None if A.is_inference() else A._version
+
+
+def monotone_inverse(M: Tensor) -> Tensor:
+    """M^-1 for M with a positive definite symmetric part, by halves.
+
+    Every Schur complement then is positive definite too, so no pivots are needed, and most of the
+    work is in products, which are several times faster than an LU with its solves.
+
+    Reference: Golub, Van Loan (1979), "Unsymmetric positive definite linear systems".
+    """
+    n = M.shape[0]
+    if n <= 96:
+        return torch.linalg.inv(M)
+    h = n // 2
+    P = monotone_inverse(M[:h, :h])
+    QP = M[h:, :h] @ P
+    S = monotone_inverse(torch.addmm(M[h:, h:], QP, M[:h, h:], alpha=-1))
+    PR = P @ M[:h, h:]
+    out = torch.empty_like(M)
+    out[h:, h:] = S
+    torch.mm(S, QP, out=out[h:, :h]).neg_()
+    torch.mm(PR, S, out=out[:h, h:]).neg_()
+    torch.addmm(P, PR, out[h:, :h], alpha=-1, out=out[:h, :h])
+    return out
 
 
 @dataclass(frozen=True, eq=False)
@@ -98,6 +235,7 @@ class AffineMap:
         contraction: a certified factor of f in some norm, if there is one.
         monotone: a certified m > 0 with (A + A^T)/2 <= (1 - m) I, if there is one.
         acyclic: A is strictly triangular up to a permutation, so that n steps are exact.
+        factors: what was computed from A before, where A is one matrix.
     """
 
     A: Tensor
@@ -106,6 +244,11 @@ class AffineMap:
     contraction: float | None = None
     monotone: float | None = None
     acyclic: bool = False
+    factors: Factors | None = None
+
+    def __post_init__(self) -> None:
+        if self.A.dim() == 2 and (self.factors is None or not self.factors.of(self.A)):
+            object.__setattr__(self, "factors", Factors(self.A))
 
     def affine(self, z: Tensor, out: Tensor | None = None) -> Tensor:
         """z A^T + v.  # (m, n) -> (m, n)"""
@@ -121,6 +264,10 @@ class AffineMap:
         recording = out is None and torch.is_grad_enabled()
         return self.phi(s) if recording else self.phi.call_(s)
 
+    def start(self) -> Tensor:
+        """Where to start when nothing is known: phi(v)."""
+        return self.phi(self.v)
+
     def linearize(self, z: Tensor) -> "LinearizedAffine":
         """J = P_d A with d = phi'(z A^T + v)."""
         return LinearizedAffine(self.A, self.phi, self.phi.derivative(self.affine(z)))
@@ -131,15 +278,6 @@ class AffineMap:
             return None
         phi = self.phi.rows(index) if isinstance(self.phi, Scaled) else self.phi
         return replace(self, v=self.v[index], phi=phi)
-
-    def transposed(self, d: Tensor, g: Tensor) -> "AffineMap":
-        """The adjoint equation s = P_d (A^T s + g) at derivative d, for the cotangent g.
-
-        |P_d A^T| has the Perron root of |A P_d|, at most that of |A| times the slope bound, and
-        the symmetric part of A^T is that of A: the facts that make a solve succeed carry over,
-        the contraction factor in a dual norm.
-        """
-        return replace(self, A=self.A.mT, v=g, phi=Scaled(phi=self.phi, d=d))
 
 
 @dataclass(frozen=True, eq=False)

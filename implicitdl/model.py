@@ -448,8 +448,7 @@ def solve_state(
             raise ValueError(f"x0: got shape {tuple(x0.shape)}, expected {tuple(v.shape)}.")
         x0 = x0.reshape(-1, n)
     f = equation.map(A, v.reshape(-1, n))
-    start = f.phi(f.v.detach()) if x0 is None else x0
-    solution = adjoint.run(f, start, solver, record=record)
+    solution = adjoint.run(f, x0, solver, record=record)
     error = None
     if bound is not None and not torch._C._are_functorch_transforms_active():
         # The residual in float64: its rounding is then far below what is being bounded.
@@ -467,6 +466,7 @@ def solve_state(
         codes=solution.codes.view(batch),
         residual=solution.residual.view(batch),
         steps=solution.steps.view(batch),
+        image=None if solution.image is None else solution.image.view(*batch, n),
         error_bound=error,
         stats=stats,
     ).check(on_failure)

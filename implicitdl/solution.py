@@ -101,6 +101,7 @@ class Solution:
         steps: evaluations of f that each sample took part in while unfinished.  # (*batch,)
         error_bound: a-posteriori bound on the distance to the exact equilibrium, in the norm that
             the well-posedness certificate names, or None where none is certified.  # (*batch,)
+        image: f(value), where the solver still has it; a constant.  # (*batch, n)
         stats: what the solver has to say: `solver`, `reason`, `evaluations`, `trajectory`.
     """
 
@@ -109,6 +110,7 @@ class Solution:
     residual: Tensor
     steps: Tensor
     error_bound: Tensor | None = None
+    image: Tensor | None = None
     stats: Mapping[str, Any] = field(default_factory=dict)
 
     @property

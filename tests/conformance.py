@@ -16,6 +16,7 @@ from implicitdl.solvers import (
     FixedPointSolver,
     ForwardBackward,
     Newton,
+    NewtonPicard,
     PeacemanRachford,
     Picard,
 )
@@ -56,6 +57,10 @@ def _well_conditioned(problem: Problem) -> bool:
     return problem.monotone_condition > 0.15 and problem.f.phi.entrywise
 
 
+def _contractive_affine(problem: Problem) -> bool:
+    return _contractive(problem) and isinstance(problem.f, AffineMap) and not problem.acyclic
+
+
 def _every(problem: Problem) -> bool:
     return True
 
@@ -71,6 +76,8 @@ MEMBERS = [
     Member(Newton(), _every),
     Member(Newton(linear="direct"), _every),
     Member(Newton(linear="krylov"), _every),
+    Member(NewtonPicard(), _contractive_affine),
+    Member(NewtonPicard(inner=1), _contractive_affine),
     Member(ForwardBackward(max_steps=9000), _well_conditioned),
     Member(PeacemanRachford(max_steps=5000), _monotone),
     Member(PeacemanRachford(alpha=0.3, max_steps=5000), _monotone_entrywise),

@@ -666,14 +666,13 @@ def test_radii_of_one_and_more_are_refused_for_a_slope_of_one(kind, kappa):
 
 def test_the_facts_choose_the_solver():
     u = randn(8, P)
-    reasons = {
-        "strictly-upper": "triangular",
-        "inf-norm": "contraction",
-        "perron-frobenius": "contraction",
-    }
-    for well_posed, reason in reasons.items():
+    stats = ImplicitLayer(P, Q, N, well_posed="strictly-upper").solve(u).stats
+    assert "triangular" in stats["reason"] and stats["solver"] == "Picard"
+    for well_posed in ("inf-norm", "perron-frobenius"):
         stats = ImplicitLayer(P, Q, N, well_posed=well_posed).solve(u).stats
-        assert reason in stats["reason"], stats
+        assert "small system" in stats["reason"] and stats["solver"] == "Newton", stats
+        stats = ImplicitLayer(P, Q, 200, well_posed=well_posed).solve(u).stats
+        assert "contract" in stats["reason"] and "Picard" in stats["solver"], stats
     big = MonotoneLayer(P, Q, 40).solve(randn(64, P)).stats
     assert "strongly monotone, m = 0.1" in big["reason"] and big["solver"] == "PeacemanRachford"
     assert ImplicitLayer(P, Q, N, solver=PeacemanRachford(), well_posed="monotone")(u).shape == (

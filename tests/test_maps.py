@@ -1,5 +1,7 @@
 """Maps: the same three questions asked of each, and answered by autograd."""
 
+import dataclasses
+
 import pytest
 import torch
 from problems import randn, rows_equal
@@ -44,6 +46,10 @@ def jacobians(f, z):
     rows = J.diagonal(dim1=0, dim2=2).permute(2, 0, 1)
     assert float(J.abs().sum()) == pytest.approx(float(rows.abs().sum()))
     return rows
+
+
+def adjoint_map(f, d, g):
+    return dataclasses.replace(f, A=f.A.mT, v=g, phi=Scaled(phi=f.phi, d=d))
 
 
 @pytest.mark.parametrize("name", MAPS)
@@ -92,14 +98,15 @@ def test_affine_values(name):
 
 @pytest.mark.parametrize("groups", [None, 2])
 @pytest.mark.parametrize("phi", PHIS, ids=str)
-def test_transposed_is_the_adjoint_equation(phi, groups):
+def test_scaled_makes_the_adjoint_equation(phi, groups):
     """s = P_d (A^T s + g) against a dense solve: (I - J^T) u = x_bar with s = P_d u."""
     f = affine(phi, groups)
     f = AffineMap(f.A * 0.1, f.v, phi, contraction=0.7, monotone=0.3)
     z, g = randn(M, N, seed=4), randn(M, N, seed=5)
     d = f.linearize(z).d
-    adjoint = f.transposed(d, g)
+    adjoint = adjoint_map(f, d, g)
     assert (adjoint.contraction, adjoint.monotone) == (0.7, 0.3)
+    assert torch.equal(adjoint.phi.derivative_at(z), d)
     s = torch.zeros(M, N)
     for _ in range(200):
         s = adjoint(s)
@@ -170,5 +177,5 @@ def test_the_graph_of_a_closure_is_not_built_while_solving():
 @pytest.mark.parametrize("phi", PHIS, ids=str)
 def test_selecting_rows_of_an_adjoint_equation_selects_its_derivatives(phi):
     f, z, rows = affine(phi), randn(M, N, seed=4), torch.tensor([3, 1])
-    adjoint = f.transposed(phi.derivative(f.affine(z)), randn(M, N, seed=5))
+    adjoint = adjoint_map(f, phi.derivative(f.affine(z)), randn(M, N, seed=5))
     assert torch.allclose(adjoint.select(rows)(z[rows]), adjoint(z)[rows])

@@ -20,6 +20,7 @@ from implicitdl.solvers import (
     FixedPointSolver,
     ForwardBackward,
     Newton,
+    NewtonPicard,
     PeacemanRachford,
     Picard,
     from_config,
@@ -27,7 +28,10 @@ from implicitdl.solvers import (
 )
 
 DTYPES = [torch.float32, torch.float64]
-SOLVERS = [Picard, Anderson, Broyden, Newton, ForwardBackward, PeacemanRachford, Auto]
+SOLVERS = [
+    Picard, Anderson, Broyden, Newton, NewtonPicard, ForwardBackward, PeacemanRachford, Auto
+]  # fmt: skip
+AFFINE_ONLY = (ForwardBackward, PeacemanRachford, NewtonPicard)
 GENERAL = [Picard(), Anderson(), Broyden(), Newton(), Newton(linear="krylov"), Auto()]
 
 
@@ -149,7 +153,7 @@ def test_small_sizes(member, batch, n):
     frames = solution.stats["trajectory"]
     assert frames.shape == (solution.stats["evaluations"] + 1, batch, n)
     closure = (lambda z: torch.relu(f.v - 0.4 * z)) if n else (lambda z: z)
-    if not isinstance(member.solver, ForwardBackward | PeacemanRachford):
+    if not isinstance(member.solver, AFFINE_ONLY):
         got = member.solver.solve(closure, torch.zeros(batch, n))
         assert torch.allclose(got.value, solution.value, atol=1e-9)
 
@@ -282,11 +286,11 @@ def test_a_looser_tolerance_costs_less_and_is_kept(member):
 def test_the_step_limit_is_kept_and_said(member):
     problem = PROBLEMS["tanh"](torch.float64)
     f = problem.f
-    if member.solver.name in ("ForwardBackward", "PeacemanRachford"):
+    if isinstance(member.solver, ForwardBackward | PeacemanRachford):
         f = PROBLEMS["monotone-tanh"](torch.float64).f
     calls = []
     solver = dataclasses.replace(member.solver, max_steps=3, rtol=1e-14, atol=0.0)
-    if solver.name not in ("ForwardBackward", "PeacemanRachford"):
+    if not isinstance(solver, AFFINE_ONLY):
         affine_map = f
 
         def f(z):
@@ -610,6 +614,84 @@ def test_newton_gets_over_a_singular_start(linear):
     assert torch.allclose(solution.value, torch.tensor([[2.0], [1.0], [-3.0]]))
 
 
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("kappa", [0.9, 0.99, 0.999])
+def test_newton_picard_does_not_mind_the_perron_root(kappa, dtype):
+    """For a dense A >= 0 the rate is that of the rest, about kappa / sqrt(3 n) per step."""
+    A, v = row_sums(rand(200, 200, seed=2), kappa), rand(20, 200)
+    exact = torch.linalg.solve(torch.eye(200) - A, v.mT).mT  # all states are active
+    f = AffineMap(A.to(dtype), v.to(dtype), ReLU())
+    rtol = 1e-5 if dtype == torch.float32 else 1e-10
+    solution = NewtonPicard(rtol=rtol).solve(f)
+    assert solution.status is Status.CONVERGED
+    assert int(solution.steps.max()) <= (6 if dtype == torch.float32 else 10)
+    assert torch.allclose(solution.value.double(), exact, rtol=10 * rtol / (1 - kappa))
+    plain = Picard(rtol=rtol, max_steps=100000).solve(f)
+    assert int(plain.steps.max()) > 10 * int(solution.steps.max())
+
+
+def test_newton_picard_is_exact_in_one_step_for_a_matrix_of_rank_one():
+    U, V = rand(30, seed=1), rand(30, seed=2)
+    A = 0.95 * torch.outer(U, V) / (U @ V)
+    for phi, inner in ((Identity(), None), (ReLU(), 8), (Tanh(), 12)):
+        problem = affine("rank one", A, phi, 20)
+        solution = NewtonPicard(inner=inner, rtol=1e-11).solve(problem.f)
+        assert solution.status is Status.CONVERGED and solution.stats["evaluations"] <= 2, phi
+        assert torch.allclose(solution.value, problem.exact, atol=1e-8)
+
+
+def test_newton_picard_refuses_what_has_no_dominant_direction():
+    for f in (lambda z: z / 2, AffineMap(torch.zeros(2, 3, 3), torch.zeros(4, 3), ReLU())):
+        with pytest.raises(TypeError, match="NewtonPicard needs x = phi"):
+            NewtonPicard().solve(f, torch.zeros(4, 3))
+    with pytest.raises(ValueError, match="inner=0, expected an integer >= 1"):
+        NewtonPicard(inner=0)
+
+
+def test_what_was_found_out_about_a_matrix_is_not_used_for_another():
+    A, B = row_sums(rand(20, 20), 0.9), row_sums(rand(20, 20, seed=5), 0.9).mT
+    f = AffineMap(A, rand(3, 20), ReLU())
+    found = f.factors.dominant()
+    assert torch.allclose(found.V, A.mT @ found.U) and abs(found.rate - 0.9) < 0.02
+    assert dataclasses.replace(f, v=f.v + 1).factors is f.factors
+    assert dataclasses.replace(f, A=A.clone()).factors is not f.factors
+    other = dataclasses.replace(f, A=B)
+    assert torch.allclose(other.factors.dominant().V, B.mT @ other.factors.dominant().U)
+    assert f.factors.mT.of(A.mT) and not f.factors.mT.of(A) and f.factors.mT.mT is f.factors
+    A.mul_(0.5)
+    assert dataclasses.replace(f).factors is not f.factors
+    M = monotone_matrix(150)
+    g = AffineMap(M, rand(3, 150), ReLU())
+    inverse = g.factors.resolvent(0.7)
+    eye = torch.eye(150)
+    assert torch.allclose(inverse @ (eye + 0.7 * (eye - M)), eye, atol=1e-12)
+    assert g.factors.mT.resolvent(0.7).data_ptr() == inverse.data_ptr()  # the same, transposed
+    assert torch.equal(g.factors.mT.resolvent(0.7), inverse.mT)
+    norm = float(torch.linalg.matrix_norm(eye - M, 2))
+    assert 0.7 * norm <= g.factors.norm() <= norm * (1 + 1e-12)
+
+
+def test_a_measured_rate_tells_picard_when_to_look():
+    f = AffineMap(0.5 * torch.eye(3), torch.ones(2, 3), Identity())
+    *_, state = Picard(rate=0.5, rtol=1e-3).begin(f, None)
+    looks = [k for k in range(1, 15) if Picard(rate=0.5, rtol=1e-3).look(k, 10, state)]
+    assert looks == [10, 12, 14]  # 0.5^10 < 1e-3
+    *_, state = Picard(rate=0.5, rtol=1e-3).begin(f, torch.zeros(2, 3))
+    assert Picard(rate=0.5, rtol=1e-3).look(1, 10, state)  # a warm start may be the answer
+    with pytest.raises(ValueError, match="rate=-1"):
+        Picard(rate=-1)
+
+
+def test_f_at_the_solution_is_kept():
+    """So that an adjoint need not evaluate it again; also where samples end one by one."""
+    problem = affine("image", row_sums(rand(40, 40), 0.9), Tanh(), 10, batch=30)
+    for solver in (Auto(), Picard(max_steps=5000), Anderson(), NewtonPicard()):
+        solution = solver.solve(problem.f)
+        if solution.image is not None:
+            assert torch.allclose(solution.image, problem.f(solution.value), atol=1e-14), solver
+    assert Auto().solve(problem.f).image is not None
+
+
 SPLITTINGS = [ForwardBackward, PeacemanRachford]
 
 
@@ -648,8 +730,9 @@ def test_peaceman_rachford_starts_where_it_is_told():
     f, x = problem.f, problem.exact
     for alpha in (None, 0.1, 3.0):
         solver = PeacemanRachford(alpha=alpha)
-        state = solver.init(f, x, f(x))
-        z, fz, state = solver.step(f, x, f(x), state)
+        z, fz, state = solver.begin(f, x)
+        assert torch.equal(z, x) and torch.allclose(fz, x, atol=1e-12)
+        z, fz, state = solver.step(f, z, fz, state)
         assert torch.allclose(z, x, atol=1e-12) and torch.allclose(fz, x, atol=1e-12)
         assert not solver.exact(state)
 
@@ -657,32 +740,43 @@ def test_peaceman_rachford_starts_where_it_is_told():
 def test_auto_asks_the_solver_whose_turn_it_is():
     problem = PROBLEMS["monotone-relu"](torch.float64)
     wide = affine("wide", monotone_matrix(64), ReLU(), 1.0, batch=64, monotone=0.59)
-    state = Auto().init(wide.f, wide.z0, wide.f(wide.z0))
+    *_, state = Auto().begin(wide.f, wide.z0)
     assert Auto().describe(state)["solver"] == "PeacemanRachford" and not Auto().exact(state)
-    plain = dataclasses.replace(problem.f, monotone=None)
-    assert Auto().exact(Auto().init(plain, problem.z0, plain(problem.z0)))
-    upper = dataclasses.replace(plain, acyclic=True)  # Picard, which need not look at every step
-    state = Auto().init(upper, problem.z0, upper(problem.z0))
+    assert not Auto().overwrites(state)
+    upper = dataclasses.replace(problem.f, monotone=None, acyclic=True)
+    *_, state = Auto().begin(upper, problem.z0)  # Picard, which need not look at every step
+    assert Auto().exact(state) and Auto().overwrites(state)
     looks = [Auto().look(k, 10, state) for k in range(1, 9)]
-    assert looks == [Picard().look(k, 10, None) for k in range(1, 9)] and not all(looks)
+    assert looks == [Picard().look(k, 10, state[-1]) for k in range(1, 9)] and not all(looks)
 
 
+def ring(n: int, kappa: float):
+    """A >= 0 with row sums kappa on the nearest neighbours of a ring: no direction stands out."""
+    A = torch.zeros(n, n)
+    for i in range(n):
+        A[i, (i + 1) % n], A[i, i - 1] = 0.6 * kappa, 0.4 * kappa
+    return A
+
+
+N = 64
+SMALL, RING = row_sums(randn(N, N), 0.5), ring(N, 0.9)
 CHOICES = [
-    ("triangular", 5, {"acyclic": True}, "Picard", "triangular"),
-    ("contraction", 5, {"contraction": 0.5}, "Picard", "contraction"),
-    ("one", 1, {}, "Newton", "LU"),
-    ("monotone", 64, {"monotone": 0.5}, "PeacemanRachford", "monotone, m = 0.5"),
-    ("wide", 2, {"monotone": 0.5}, "Anderson", "monotone, m = 0.5"),
-    ("nothing", 64, {}, "Anderson", "nothing certified"),
+    ("triangular", torch.triu(SMALL, 1), 5, {"acyclic": True}, "Picard", "triangular"),
+    ("declared", SMALL, 5, {"contraction": 0.5}, "Picard", "contraction of factor 0.5, cheap"),
+    ("measured", SMALL, 64, {}, "Picard", "plain steps contract by about 0.0"),
+    ("positive", row_sums(rand(N, N), 0.99), 64, {}, "NewtonPicard", "one direction of A"),
+    ("one", RING, 1, {}, "Newton", "LU"),
+    ("monotone", SMALL, 64, {"monotone": 0.5}, "PeacemanRachford", "monotone, m = 0.5"),
+    ("wide", row_sums(randn(99, 99), 0.5), 2, {"monotone": 0.5}, "Anderson", "monotone, m = 0.5"),
+    ("contraction", RING, 64, {"contraction": 0.901}, "Broyden", "certified contraction"),
+    ("nothing", RING, 64, {}, "Anderson", "nothing certified"),
 ]
 
 
-@pytest.mark.parametrize("kind, batch, facts, solver, reason", CHOICES)
-def test_auto_says_what_it_chose_and_why(kind, batch, facts, solver, reason):
-    n = 64
-    A = row_sums(randn(n, n), 0.5)
-    if kind == "triangular":
-        A = torch.triu(A, diagonal=1)
+@pytest.mark.parametrize(
+    "kind, A, batch, facts, solver, reason", CHOICES, ids=[c[0] for c in CHOICES]
+)
+def test_auto_says_what_it_chose_and_why(kind, A, batch, facts, solver, reason):
     problem = affine(kind, A, ReLU(), 2.0, batch=batch, **facts)
     solution = Auto().solve(problem.f, problem.z0)
     assert solution.stats["solver"] == solution.stats["tried"][0] == solver
@@ -786,10 +880,10 @@ def test_anderson_drops_a_difference_in_the_span_of_the_others():
 @pytest.mark.parametrize("alpha", [None, 0.1, 3.0])
 def test_peaceman_rachford_stays_at_an_answer(alpha):
     problem = PROBLEMS["monotone-tanh"](torch.float64)
-    solver, x = PeacemanRachford(alpha=alpha), problem.exact
-    state = solver.init(problem.f, x, problem.f(x))
+    solver = PeacemanRachford(alpha=alpha)
+    x, fx, state = solver.begin(problem.f, problem.exact)
     for _ in range(3):
-        x, fx, state = solver.step(problem.f, x, x, state)
+        x, fx, state = solver.step(problem.f, x, fx, state)
         assert torch.allclose(x, problem.exact, atol=1e-12)
         assert torch.allclose(fx, problem.exact, atol=1e-12)
 

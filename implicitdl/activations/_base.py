@@ -75,6 +75,11 @@ class Activation(abc.ABC):
         return False
 
     @property
+    def linear(self) -> bool:
+        """Whether phi is a linear map."""
+        return False
+
+    @property
     def entrywise(self) -> bool:
         """Whether phi acts on each entry alone."""
         return True
@@ -118,6 +123,10 @@ class Activation(abc.ABC):
         # Backward mode: an entrywise phi need not have forward formulas for this.
         return torch.func.vjp(self, z)[1](torch.ones_like(z))[0]
 
+    def derivative_at(self, x: Tensor) -> Tensor | None:  # (..., n) -> (..., n)
+        """phi'(z) from x = phi(z), a formula in x; None where x does not tell it."""
+        return None
+
     def product(self, d: Tensor, w: Tensor) -> Tensor:
         """J w for the Jacobian J that d = `derivative(z)` stands for; J is symmetric."""
         return d * w
@@ -158,7 +167,8 @@ class Activation(abc.ABC):
         # The bracket's ends are in the ratio t. The members here take 10 steps or 30; a staircase
         # whose slope keeps returning to 0 and 1 takes 36 or 60.
         steps = 40 if not isinstance(t, Tensor) and 0.1 <= t <= 10.0 else 80
-        t = self._check_prox(v, t)
+        self._check_prox(t)
+        t = torch.as_tensor(t, dtype=v.dtype, device=v.device)
         z = bracketed_newton(self, v.detach(), t.detach(), steps)
         for _ in range(2):
             z = z - (t * z + (1 - t) * self(z) - v) / (t + (1 - t) * self.derivative(z))
@@ -184,7 +194,7 @@ class Activation(abc.ABC):
             "such as ReLU, Softplus or Tanh"
         )
 
-    def _check_prox(self, v: Tensor, t: float | Tensor) -> Tensor:
+    def _check_prox(self, t: float | Tensor) -> None:
         lo, hi = self.slope
         if lo < 0.0:
             raise self._missing("prox")
@@ -195,7 +205,6 @@ class Activation(abc.ABC):
             )
         if not isinstance(t, Tensor) and not 0.0 < t < INF:
             raise ValueError(f"prox: got t={t}, expected a positive finite step")
-        return torch.as_tensor(t, dtype=v.dtype, device=v.device)
 
 
 def own_fields(cls: type[Activation]) -> Iterable[dataclasses.Field[Any]]:

@@ -30,6 +30,9 @@ class Softmax(Activation):
     def derivative(self, z: Tensor) -> Tensor:
         return torch.softmax(z, -1)
 
+    def derivative_at(self, x: Tensor) -> Tensor:
+        return x
+
     def product(self, d: Tensor, w: Tensor) -> Tensor:
         return d * (w - (d * w).sum(-1, keepdim=True))
 
@@ -54,7 +57,8 @@ class Softmax(Activation):
         # t log x + (1 - t) x = v + mu entry by entry, with mu such that sum x = 1. Both this, in
         # y = log x <= 0, and sum x as a function of mu are of one curvature: Newton's method from
         # mu = 1 - t - max v, where some x is 1, descends without safeguards.
-        t = self._check_prox(v, t)
+        self._check_prox(t)
+        t = torch.as_tensor(t, dtype=v.dtype, device=v.device)
         with torch.no_grad():
             v0, s = v.detach(), t.detach()
             mu = 1 - s - v0.amax(-1, keepdim=True)
@@ -150,6 +154,10 @@ class Blocks(Activation):
         return all(phi.homogeneous for phi, _ in self.parts)
 
     @property
+    def linear(self) -> bool:
+        return all(phi.linear for phi, _ in self.parts)
+
+    @property
     def entrywise(self) -> bool:
         return all(phi.entrywise for phi, _ in self.parts)
 
@@ -175,6 +183,10 @@ class Blocks(Activation):
     def derivative(self, z: Tensor) -> Tensor:
         return _cat([phi.derivative(zi) for phi, zi in self._split(z)])
 
+    def derivative_at(self, x: Tensor) -> Tensor | None:
+        parts = [phi.derivative_at(xi) for phi, xi in self._split(x)]
+        return None if any(part is None for part in parts) else _cat(parts)
+
     def product(self, d: Tensor, w: Tensor) -> Tensor:
         return _cat([phi.product(di, wi) for phi, di, wi in self._split(d, w)])
 
@@ -188,7 +200,7 @@ class Blocks(Activation):
         return sum(phi.divergence(xi, zi) for phi, xi, zi in self._split(x, z))
 
     def prox(self, v: Tensor, t: float | Tensor) -> Tensor:
-        self._check_prox(v, t)
+        self._check_prox(t)
         if isinstance(t, Tensor) and t.shape[-1:] == v.shape[-1:]:  # a step for each state
             return _cat([phi.prox(vi, ti) for phi, vi, ti in self._split(v, t)])
         return _cat([phi.prox(vi, t) for phi, vi in self._split(v)])

@@ -27,7 +27,7 @@ class _Clip(Activation):
         return on_range(self, x, lambda x: 0.5 * (c - x) ** 2 + (c - x) * (z - c)).sum(-1)
 
     def prox(self, v: Tensor, t: float | Tensor) -> Tensor:
-        self._check_prox(v, t)
+        self._check_prox(t)
         return self(v)
 
 
@@ -37,6 +37,7 @@ class Identity(_Clip):
 
     slope = (1.0, 1.0)
     homogeneous = True
+    linear = True
 
     def __call__(self, z: Tensor) -> Tensor:
         return z
@@ -46,6 +47,9 @@ class Identity(_Clip):
 
     def derivative(self, z: Tensor) -> Tensor:
         return torch.ones_like(z)
+
+    def derivative_at(self, x: Tensor) -> Tensor:
+        return torch.ones_like(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,6 +67,9 @@ class ReLU(_Clip):
 
     def derivative(self, z: Tensor) -> Tensor:
         return (z > 0).to(z.dtype)
+
+    def derivative_at(self, x: Tensor) -> Tensor:
+        return x.sign()  # 0 or 1, in one pass
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -90,6 +97,9 @@ class HardTanh(_Clip):
 
     def derivative(self, z: Tensor) -> Tensor:
         return ((z > self.low) & (z < self.high)).to(z.dtype)
+
+    def derivative_at(self, x: Tensor) -> Tensor:
+        return self.derivative(x)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -120,6 +130,9 @@ class LeakyReLU(Activation):
     def derivative(self, z: Tensor) -> Tensor:
         return torch.ones_like(z).masked_fill(z <= 0, self.negative_slope)
 
+    def derivative_at(self, x: Tensor) -> Tensor | None:
+        return self.derivative(x) if self.negative_slope > 0 else None
+
     def potential(self, z: Tensor) -> Tensor:
         return 0.5 * z * self(z)
 
@@ -138,7 +151,8 @@ class LeakyReLU(Activation):
         return on_range(self, x, value).sum(-1)
 
     def prox(self, v: Tensor, t: float | Tensor) -> Tensor:
-        t, a = self._check_prox(v, t), self.negative_slope
+        self._check_prox(t)
+        a = self.negative_slope
         return torch.where(v > 0, v, v * (a / (t + (1 - t) * a)))
 
 
@@ -159,6 +173,9 @@ class SoftShrink(Activation):
     def derivative(self, z: Tensor) -> Tensor:
         return (z.abs() > self.threshold).to(z.dtype)
 
+    def derivative_at(self, x: Tensor) -> Tensor:
+        return x.sign().abs()
+
     def potential(self, z: Tensor) -> Tensor:
         return 0.5 * self(z) ** 2
 
@@ -170,5 +187,6 @@ class SoftShrink(Activation):
         return (0.5 * (z - e - x) ** 2 + (self.threshold * x.abs() - x * e)).sum(-1)
 
     def prox(self, v: Tensor, t: float | Tensor) -> Tensor:
-        t = self._check_prox(v, t) * self.threshold
-        return v - torch.minimum(torch.maximum(v, -t), t)
+        self._check_prox(t)
+        size = torch.as_tensor(t * self.threshold, dtype=v.dtype, device=v.device)
+        return v - v.clamp(-size, size)

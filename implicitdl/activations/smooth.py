@@ -47,6 +47,9 @@ class ELU(Activation):
     def derivative(self, z: Tensor) -> Tensor:
         return (self.alpha * z.clamp(max=0.0).exp()).masked_fill(z > 0, 1.0)
 
+    def derivative_at(self, x: Tensor) -> Tensor:
+        return (x + self.alpha).masked_fill(x > 0, 1.0)
+
     def potential(self, z: Tensor) -> Tensor:
         zn = z.clamp(max=0.0)
         return torch.where(z > 0, 0.5 * z * z, self.alpha * (zn.expm1() - zn))
@@ -74,6 +77,9 @@ class Softplus(Activation):
 
     def derivative(self, z: Tensor) -> Tensor:
         return torch.sigmoid(z)
+
+    def derivative_at(self, x: Tensor) -> Tensor:
+        return -torch.expm1(-x)
 
     @staticmethod
     def _remainder(z: Tensor) -> Tensor:
@@ -132,7 +138,9 @@ class Sigmoid(Activation):
         return z.sigmoid_()
 
     def derivative(self, z: Tensor) -> Tensor:
-        x = torch.sigmoid(z)
+        return self.derivative_at(torch.sigmoid(z))
+
+    def derivative_at(self, x: Tensor) -> Tensor:
         return x * (1 - x)
 
     def potential(self, z: Tensor) -> Tensor:
@@ -163,7 +171,9 @@ class Tanh(Activation):
         return z.tanh_()
 
     def derivative(self, z: Tensor) -> Tensor:
-        x = torch.tanh(z)
+        return self.derivative_at(torch.tanh(z))
+
+    def derivative_at(self, x: Tensor) -> Tensor:
         return 1 - x * x
 
     def potential(self, z: Tensor) -> Tensor:

@@ -60,7 +60,7 @@ def fixed_point(
 
     Args:
         f: the map, (batch, *) -> (batch, *), rows independent; or an `AffineMap`.
-        z0: where to start; None, for an `AffineMap`, means phi(v).
+        z0: where to start; None, for an `AffineMap`, leaves it to the solver.
         solver: a solver or its name.
         adjoint: how gradients are computed.
         on_failure: `"raise"`, `"warn"` or `"return"` when a sample does not converge. The adjoint
@@ -92,11 +92,11 @@ def fixed_point(
     return adjoint.run(f, z0, solver, record=record).check(on_failure)
 
 
-def _start(f: "Map | AffineMap", z0: Tensor | None) -> Tensor:
+def _start(f: "Map | AffineMap", z0: Tensor | None) -> Tensor | None:
     """The start, checked against f."""
     if isinstance(f, AffineMap):
         if z0 is None:
-            return f.phi(f.v.detach())
+            return None
         if z0.shape != f.v.shape or z0.dtype != f.v.dtype or z0.device != f.v.device:
             raise ValueError(
                 f"z0: got {_describe(z0)}, expected {_describe(f.v)} like v of the AffineMap."

@@ -21,6 +21,7 @@ def attach(
     *,
     solver: "str | FixedPointSolver" = "auto",
     order: int = 1,
+    image: Tensor | None = None,
 ) -> Tensor:
     """Make a solution differentiable, however it was found.
 
@@ -30,13 +31,15 @@ def attach(
         solver: for the adjoint equation.
         order: how many derivatives a closure gets; differentiating further raises. The forward
             costs `order` evaluations of f. An `AffineMap` has all orders.
+        image: f(z), where it is at hand: an `AffineMap` then needs one product less.
 
     Returns:
         z, with the derivatives of the fixed point in everything f closes over.
     """
     solver = solvers.get_solver(solver)
     if isinstance(f, AffineMap):
-        equation = Equation(f.phi, f.contraction, f.monotone, f.acyclic, solver, solver)
+        facts = (f.phi, f.contraction, f.monotone, f.acyclic)
+        equation = Equation(*facts, solver, solver, factors=f.factors, image=image)
         return Attach.apply(f.A, f.v, z.detach(), equation)
     if not torch.is_grad_enabled():
         return z
@@ -55,11 +58,10 @@ class Adjoint(abc.ABC):
         """z, with derivatives. `solver` is the one that found z."""
 
     def run(
-        self, f: "Map | AffineMap", z0: Tensor, solver: FixedPointSolver, **kwargs: Any
+        self, f: "Map | AffineMap", z0: Tensor | None, solver: FixedPointSolver, **kwargs: Any
     ) -> Solution:
         """Solve without a graph, then attach."""
-        with torch.no_grad():
-            solution = solver.solve(f, z0, **kwargs)
+        solution = solver.solve(f, z0, **kwargs)
         return replace(solution, value=self.attach(f, solution.value, solver))
 
 
@@ -83,6 +85,14 @@ class Implicit(Adjoint):
     def attach(self, f: "Map | AffineMap", z: Tensor, solver: FixedPointSolver) -> Tensor:
         """Exact derivatives."""
         return attach(f, z, solver=self.solver or solver, order=self.order)
+
+    def run(
+        self, f: "Map | AffineMap", z0: Tensor | None, solver: FixedPointSolver, **kwargs: Any
+    ) -> Solution:
+        """Solve, then attach with f(z) as the solver left it."""
+        found = solver.solve(f, z0, **kwargs)
+        options: dict[str, Any] = {"solver": self.solver or solver, "order": self.order}
+        return replace(found, value=attach(f, found.value, image=found.image, **options))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -147,10 +157,10 @@ class Unrolled(Adjoint):
             raise ValueError(f"Unrolled: steps={self.steps!r}, expected an integer >= 1.")
 
     def run(
-        self, f: "Map | AffineMap", z0: Tensor, solver: FixedPointSolver, **kwargs: Any
+        self, f: "Map | AffineMap", z0: Tensor | None, solver: FixedPointSolver, **kwargs: Any
     ) -> Solution:
         """Iterate with a graph; the residual is measured at the end."""
-        z = z0
+        z = f.start().detach() if z0 is None else z0
         for _ in range(self.steps):
             z = f(z)
         check = solvers.Picard(rtol=solver.rtol, atol=solver.atol, max_steps=1)

@@ -10,6 +10,7 @@ Reference: El Ghaoui et al. (2021), section 5.
 """
 
 import functools
+import inspect
 import json
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from torch import Tensor
 
 from .. import activations, solvers
-from ..maps import AffineMap, Scaled
+from ..maps import AffineMap, Factors, Scaled
 from ..solvers import Auto, FixedPointSolver
 from .closures import checked, row_scale
 
@@ -32,6 +33,8 @@ class Equation:
         solver: of the equation.
         adjoint_solver: of its adjoint and tangent equations.
         spec: all of this as JSON, which is how compiled and exported graphs carry it.
+        factors: what the solve found out about A, for the adjoint to use.
+        image: f(x) at the solution x, from the solve.
     """
 
     phi: activations.Activation
@@ -41,18 +44,39 @@ class Equation:
     solver: FixedPointSolver = field(default_factory=Auto)
     adjoint_solver: FixedPointSolver = field(default_factory=Auto)
     spec: str = ""
+    factors: Factors | None = field(default=None, compare=False, repr=False)
+    image: Tensor | None = field(default=None, compare=False, repr=False)
 
-    def map(self, A: Tensor, v: Tensor) -> AffineMap:
+    def map(self, A: Tensor, v: Tensor, phi: activations.Activation | None = None) -> AffineMap:
         """f at these tensors."""
-        return AffineMap(A, v, self.phi, self.contraction, self.monotone, self.acyclic)
+        factors = self.factors if A.dim() == 2 else None
+        phi = self.phi if phi is None else phi
+        return AffineMap(A, v, phi, self.contraction, self.monotone, self.acyclic, factors)
+
+    def solved(self, f: AffineMap, image: Tensor | None) -> "Equation":
+        """The same, with what the solve of f has found."""
+        return replace(self, factors=f.factors, image=image)
+
+    @functools.cached_property
+    def mT(self) -> "Equation":
+        """The same for A^T."""
+        factors = None if self.factors is None else self.factors.mT
+        return replace(self, factors=factors, image=None)
+
+    def derivative(self, A: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        """phi' at the solution x, as a function of all three where a graph is recorded."""
+        if self.image is not None and not torch.is_grad_enabled():
+            d = self.phi.derivative_at(self.image)
+            if d is not None:
+                return d
+        return self.phi.derivative(AffineMap(A, v, self.phi).affine(x))
 
     def linear(self, M: Tensor, d: Tensor, c: Tensor) -> Tensor:
         """The solution of y = P_d (M y + c), row by row.  # (m, n)"""
         scale = row_scale(c)
         c = c / scale
-        f = replace(self.map(M, c), phi=Scaled(phi=self.phi, d=d))
-        solution = self.adjoint_solver.solve(f, f.phi(c))
-        return checked(solution).value.mul_(scale)
+        f = self.map(M, c, Scaled(phi=self.phi, d=d))
+        return checked(self.adjoint_solver.solve(f)).value * scale
 
     def with_spec(self) -> "Equation":
         """The same with `spec` filled in, which `torch.compile` and `torch.export` need."""
@@ -95,15 +119,10 @@ def equilibrium(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
         return torch.ops.implicitdl.equilibrium(A, v, equation.spec)
     if torch._C._are_functorch_transforms_active():
         x = _Solve.apply(A.detach(), v.detach(), equation)
-    else:
-        x = _solve(A, v, equation)
-    return Attach.apply(A, v, x, equation)
-
-
-def _solve(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
-    with torch.no_grad():
-        f = equation.map(A.detach(), v.detach())
-        return equation.solver.solve(f, f.phi(f.v)).check().value
+        return Attach.apply(A, v, x, equation)
+    f = equation.map(A.detach(), v.detach())
+    solution = equation.solver.solve(f).check()
+    return Attach.apply(A, v, solution.value, equation.solved(f, solution.image))
 
 
 def _outer(s: Tensor, x: Tensor, A: Tensor) -> Tensor:
@@ -144,7 +163,7 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
-        return _solve(A, v, equation)
+        return equation.solver.solve(equation.map(A, v)).check().value
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -181,15 +200,15 @@ class Attach(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         A, v, x = ctx.saved_tensors
-        d = ctx.equation.phi.derivative(AffineMap(A, v, ctx.equation.phi).affine(x))
-        s = _Linear.apply(A.mT, d, g, ctx.equation)
+        d = ctx.equation.derivative(A, v, x)
+        s = _Linear.apply(A.mT, d, g, ctx.equation.mT)
         return _outer(s, x, A) if ctx.needs_input_grad[0] else None, s, None, None
 
     @staticmethod
     def jvp(ctx: Any, dA: Any, dv: Any, *_: Any) -> Tensor:  # type: ignore[override]
         A, v, x = ctx.saved_tensors
         _refuse_nested_forward_mode()
-        d = ctx.equation.phi.derivative(AffineMap(A, v, ctx.equation.phi).affine(x))
+        d = ctx.equation.derivative(A, v, x)
         c = torch.zeros_like(x) if dv is None else dv
         if dA is not None:
             c = AffineMap(dA, c, ctx.equation.phi).affine(x)
@@ -218,7 +237,7 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, h: Tensor) -> Any:  # type: ignore[override]
         M, d, c, y = ctx.saved_tensors
         phi = ctx.equation.phi
-        t = _Linear.apply(M.mT, d, h, ctx.equation)
+        t = _Linear.apply(M.mT, d, h, ctx.equation.mT)
         d_bar = None
         if ctx.needs_input_grad[1]:
             q = AffineMap(M, c, phi).affine(y)
@@ -256,12 +275,19 @@ class _Linear(torch.autograd.Function):
         return out.view(info.batch_size, -1, out.shape[-1]), 0
 
 
+# torch binds arguments by `inspect.signature` on every call: a signature that is there already is
+# taken as it is, which halves the cost of a call.
+for _function in (_Solve, Attach, _Linear):
+    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
+
+
 # Registered operators: one node in a compiled or exported graph.
 
 
 @torch.library.custom_op("implicitdl::equilibrium", mutates_args=())
 def _equilibrium_op(A: Tensor, v: Tensor, spec: str) -> Tensor:
-    return _solve(A, v, _equation(spec))
+    equation = _equation(spec)
+    return equation.solver.solve(equation.map(A, v)).check().value
 
 
 @torch.library.custom_op("implicitdl::adjoint", mutates_args=())

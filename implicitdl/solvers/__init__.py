@@ -8,6 +8,7 @@ from .anderson import Anderson
 from .auto import Auto
 from .broyden import Broyden
 from .newton import Newton
+from .newton_picard import NewtonPicard
 from .picard import Picard
 from .splittings import ForwardBackward, PeacemanRachford
 
@@ -18,6 +19,7 @@ __all__ = [
     "FixedPointSolver",
     "ForwardBackward",
     "Newton",
+    "NewtonPicard",
     "PeacemanRachford",
     "Picard",
     "from_config",

@@ -9,7 +9,7 @@ import abc
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -64,6 +64,13 @@ class FixedPointSolver(abc.ABC):
         """The state before the first step."""
         return None
 
+    def begin(self, f: Map, z: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+        """The first iterate, f at it, and the state; z None: a start of the solver's own choice."""
+        if z is None:
+            z = f.start()
+        fz = f(z)
+        return z, fz, self.init(f, z, fz)
+
     @abc.abstractmethod
     def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """The next iterate, f at it, and the next state, from z and fz = f(z).  # all (m, n)"""
@@ -77,17 +84,22 @@ class FixedPointSolver(abc.ABC):
             return tuple(self.take(part, rows) for part in state)
         return state
 
-    # Whether `step` writes into a buffer that an earlier iterate still occupies.
-    reuses: ClassVar[bool] = False
-
     def exact(self, state: Any) -> bool:
         """Whether the f(z) that `step` returns was evaluated, not got from a recurrence that rounds
         on its own; if not, what looks converged is checked against f itself."""
         return True
 
+    def overwrites(self, state: Any) -> bool:
+        """Whether the next steps write into the buffers of z and f(z)."""
+        return False
+
     def describe(self, state: Any) -> dict[str, Any]:
         """What to add to the statistics."""
         return {"solver": self.name}
+
+    def tolerance(self, dtype: torch.dtype) -> float:
+        """`rtol`, or what None means for that dtype."""
+        return self.rtol if self.rtol is not None else _RTOL.get(dtype, 4e-6)
 
     def look(self, k: int, work: int, state: Any) -> bool:
         """Whether to look at convergence after k evaluations; `work` is the cost of one, in
@@ -95,51 +107,69 @@ class FixedPointSolver(abc.ABC):
         return True
 
     def solve(
-        self, f: "Callable[[Tensor], Tensor] | Map", z0: Tensor, *, record: bool = False
+        self,
+        f: "Callable[[Tensor], Tensor] | Map",
+        z0: Tensor | None = None,
+        *,
+        record: bool = False,
     ) -> Solution:
         """Solve z = f(z) from z0.
 
         Args:
             f: a map of rows (`AffineMap`), or any callable (batch, *) -> (batch, *) whose rows
                 are independent.
-            z0: where to start.  # (batch, *)
+            z0: where to start; None, for an `AffineMap`, leaves it to the solver.  # (batch, *)
             record: keep every iterate in `stats["trajectory"]`.  # (steps, batch, *)
 
         Returns:
             Solution. Nothing is raised for a sample that fails: `.check()` does that.
         """
-        rows = f if isinstance(f, AffineMap | RowMap | LinearRows) else RowMap(f, z0.shape)
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
-            z = z0.detach().reshape(z0.shape[0], math.prod(z0.shape[1:]))
+            if z0 is None:
+                if not isinstance(f, AffineMap):
+                    raise ValueError("z0: got None, expected a start: only an AffineMap has one.")
+                return self._solve(f, None, [] if record else None)
+            rows = f if isinstance(f, AffineMap | RowMap | LinearRows) else RowMap(f, z0.shape)
+            z = z0.detach()
+            if z.dim() == 2:
+                return self._solve(rows, z, [] if record else None)
+            z = z.reshape(z0.shape[0], math.prod(z0.shape[1:]))
             solution = self._solve(rows, z, [] if record else None)
+        image = solution.image
         stats = {**solution.stats}
         if record:
-            frames = torch.stack(stats["trajectory"])
+            frames = stats["trajectory"]
             stats["trajectory"] = frames.view(len(frames), *z0.shape)
-        return replace(solution, value=solution.value.view(z0.shape), stats=stats)
+        return replace(
+            solution,
+            value=solution.value.view(z0.shape),
+            image=None if image is None else image.view(z0.shape),
+            stats=stats,
+        )
 
-    def _solve(self, f: Map, z: Tensor, record: "list[Tensor] | None") -> Solution:
-        m, n = z.shape
-        progress = _Progress(self, z)
-        if isinstance(f, AffineMap):
-            # An infinite input may have a finite image (tanh), and is no answer all the same.
-            progress.poison = (f.v * 0).sum(dim=1)
+    def _solve(self, f: Map, z: Tensor | None, record: "list[Tensor] | None") -> Solution:
+        m, n = f.v.shape if z is None else z.shape
         if m == 0 or n == 0:
+            progress = _Progress(self, f.v.detach() if z is None else z)
             return progress.solution({"solver": self.name, "evaluations": 0}, record)
+        z, fz, state = self.begin(f, z)
+        progress = _Progress(self, z)
+        # An infinite input may have a finite image (tanh), and is no answer all the same.
+        if isinstance(f, AffineMap) and not math.isfinite(f.v.sum()):
+            progress.poison = (f.v * 0).sum(dim=1)
         work = n * n * m
-        fz = f(z)
-        state = self.init(f, z, fz)
         k = 1
         while True:
             if record is not None:
                 record.append(progress.scatter(z))
             if (k >= self.max_steps or self.look(k, work, state)) and progress.look(
-                z, fz, k, None if self.exact(state) else f
+                z, fz, k, None if self.exact(state) else f, self.overwrites(state)
             ):
                 break
             if k >= self.max_steps:
                 break
-            keep = progress.compaction()
+            # Where products are cheap a smaller batch pays only in a long solve.
+            keep = progress.compaction() if work > 1 << 22 or k > 32 else None
             if keep is not None and (smaller := f.select(keep)) is not None:
                 f, z, fz = smaller, z[keep], fz[keep]
                 state = self.take(state, keep)
@@ -209,6 +239,9 @@ class _Progress:
     The answer of a sample depends on its own iterates and on the schedule of looks, never on the
     values of its batch-mates. Its rows go on being computed after it has finished, until the
     batch is compacted, but what was recorded for it stands.
+
+    As long as every sample gets better or has converged, little is written down (`plain`); the
+    first that fails to makes `_catch_up` write down the rest, one entry a sample.
     """
 
     # A batch shrinks to a multiple of this many rows: below, BLAS switches to kernels that round
@@ -219,69 +252,91 @@ class _Progress:
     PATIENCE, NEAR = 250, 1e3
 
     def __init__(self, solver: FixedPointSolver, z: Tensor):
-        m = z.shape[0]
-        self.rtol = solver.rtol if solver.rtol is not None else _RTOL.get(z.dtype, 4e-6)
-        self.atol = solver.atol
+        m, n = z.shape
+        self.rtol = solver.tolerance(z.dtype)
+        # The smallest normal number keeps an exact zero from being 0/0.
+        self.floor = solver.atol * math.sqrt(n) + torch.finfo(z.dtype).tiny
         self.value = z
-        self.residual = z.new_full((m,), torch.inf)
-        self.steps = torch.zeros(m, dtype=torch.long, device=z.device)
-        self.codes = torch.full((m,), Status.MAX_STEPS.code, device=z.device)
-        self.active = torch.ones(m, dtype=torch.bool, device=z.device)
-        # The residual when it last fell by a hundredth, and when that was.
-        self.mark, self.gain = self.residual, torch.zeros_like(self.steps)
+        self.image: Tensor | None = None  # f(value), kept as long as all is plain
+        self.residual: Tensor | None = None  # None before the first look
+        self.done: Tensor | None = None  # who has converged, where some have and some have not
+        self.steps: Any = 0  # one number, as long as all samples have the same
         self.rows: Tensor | None = None  # samples still in the running batch; None for all
-        self.running = m  # how many of them are unfinished
-        self.first = True
+        self.running = self.total = m  # how many of them are unfinished, of how many
         self.poison: Tensor | None = None  # NaN for samples that are wrong from the start
-        self.common = 0  # the last look in which all samples went on together
-        self.reuses = solver.reuses
+        self.plain = True
+        self.codes = self.active = self.mark = self.gain = z.new_empty(0)
 
     def scaled(self, z: Tensor, fz: Tensor) -> Tensor:
         """rms(f(z) - z) / (atol + rtol rms(f(z))): a tolerance means the same at every n."""
-        size = torch.linalg.vector_norm(fz, dim=1)
-        # The smallest normal number keeps an exact zero from being 0/0.
-        floor = self.atol * math.sqrt(z.shape[1]) + torch.finfo(z.dtype).tiny
         change = torch.linalg.vector_norm(fz - z, dim=1)
-        ratio = change / (size * self.rtol + floor)
-        # A huge ratio is no infinite value: only the change itself says that a sample is lost.
-        return torch.where(change < torch.inf, ratio.clamp(max=torch.finfo(z.dtype).max), change)
+        size = torch.linalg.vector_norm(fz, dim=1)
+        return change.div_(size.mul_(self.rtol).add_(self.floor))
 
-    def look(self, z: Tensor, fz: Tensor, k: int, exact: Map | None) -> bool:
+    def look(self, z: Tensor, fz: Tensor, k: int, exact: Map | None, overwritten: bool) -> bool:
         """Record where every running sample stands; True when none is left."""
         residual = self.scaled(z, fz)
         if self.poison is not None:
-            residual, self.poison = residual + self.poison, None
-        low, high = (float(bound) for bound in torch.aminmax(residual))
-        if exact is not None and not low >= 1:
-            residual = torch.where(residual < 1, self.scaled(z, exact(z)), residual)
-            low, high = (float(bound) for bound in torch.aminmax(residual))
-        if self.rows is None and self.running == residual.numel():
-            # Nobody has finished before, and now all do, or (a NaN compares false) nobody does and
-            # everybody has moved on: the common cases, without the bookkeeping.
-            if high < 1:
-                self.value, self.residual = z, residual
-                self.codes.fill_(Status.CONVERGED.code)
-                self.steps.fill_(k)
-                self.active.fill_(False)
-                self.running = 0
-                return True
-            if low >= 1 and high < torch.inf and bool((residual < self.residual).all()):
-                self.value = z.clone() if self.reuses else z
-                self.residual = self.mark = residual
-                self.common, self.first = k, False
-                return False
-        return self._sort_out(residual, z, k)
+            residual, self.poison = residual.add_(self.poison), None
+        before, done = self.residual, self.done
+        now = residual if done is None else torch.where(done, before, residual)
+        low, high = _range(now if exact is None else residual)
+        if exact is not None:
+            if not low >= 1:
+                fz = exact(z)
+                residual = torch.where(residual < 1, self.scaled(z, fz), residual)
+            now = residual if done is None else torch.where(done, before, residual)
+            low, high = _range(now)
+        if not self.plain:
+            return self._sort_out(residual, z, fz, k)
+        # A NaN compares false.
+        if not (high < 1 or high < torch.inf and (before is None or _falls(now, before))):
+            return self._sort_out(residual, z, fz, k)
+        if high >= 1 and overwritten:
+            z, fz = z.clone(), fz.clone() if low < 1 else None
+        if done is None:
+            self.value, self.image, self.steps = z, fz, k
+        else:
+            self.value = torch.where(done[:, None], self.value, z)
+            self.image = torch.where(done[:, None], self.image, fz)
+            self.steps = torch.where(done, self.steps, k)
+        self.residual = now
+        if high < 1:
+            self.running = 0
+            return True
+        if low < 1:
+            self.done = now < 1
+            self.running = self.total - int(self.done.sum())
+        return False
 
     def _catch_up(self) -> None:
-        """Write down what the looks without bookkeeping left out."""
-        if self.common:
-            self.gain.fill_(self.common)
-            self.steps.fill_(self.common)
-            self.common = 0
+        """Write down, one entry a sample, what the plain looks left out."""
+        z, m = self.value, self.total
+        if self.residual is None:
+            self.residual = z.new_full((m,), torch.inf)
+        if not isinstance(self.steps, Tensor):
+            self.steps = torch.full((m,), self.steps, device=z.device)
+        if self.running == 0 or z.numel() == 0:
+            self.codes = torch.full((m,), Status.CONVERGED.code, device=z.device)
+            return
+        self.codes = torch.full((m,), Status.MAX_STEPS.code, device=z.device)
+        if self.done is None:
+            self.active = torch.ones(m, dtype=torch.bool, device=z.device)
+        else:
+            self.active = ~self.done
+            self.codes.masked_fill_(self.done, Status.CONVERGED.code)
+        # The residual when it last fell by a hundredth, and when that was.
+        self.mark, self.gain = self.residual, self.steps
+        self.plain, self.image, self.done = False, None, None
 
-    def _sort_out(self, residual: Tensor, z: Tensor, k: int) -> bool:
+    def _sort_out(self, residual: Tensor, z: Tensor, fz: Tensor, k: int) -> bool:
         """The bookkeeping in full: some samples end, well or badly, and others go on."""
-        self._catch_up()
+        first = self.residual is None
+        if self.plain:
+            self._catch_up()
+        # A huge ratio is no infinite value: only the change itself says that a sample is lost.
+        finite = torch.isfinite(torch.linalg.vector_norm(fz - z, dim=1)) & ~residual.isnan()
+        residual = torch.where(finite, residual.clamp(max=torch.finfo(z.dtype).max), residual)
         rows = self.rows
         pick = (lambda t: t) if rows is None else (lambda t: t[rows])
         active, best, codes = pick(self.active), pick(self.residual), pick(self.codes)
@@ -293,7 +348,7 @@ class _Progress:
         mark, gain = torch.where(gained, residual, mark), torch.where(gained, k, gain)
         best = torch.where(better, residual, best)
         stuck = active & ~done & (k - gain > self.PATIENCE) & (best < self.NEAR)
-        blame = Status.NONFINITE if self.first else Status.DIVERGED
+        blame = Status.NONFINITE if first else Status.DIVERGED
         for which, status in ((done, Status.CONVERGED), (lost, blame), (stuck, Status.STALLED)):
             codes = torch.where(which, status.code, codes)
         steps = torch.where(active, k, pick(self.steps))
@@ -306,16 +361,17 @@ class _Progress:
                 setattr(self, name, t)
             else:
                 getattr(self, name)[rows] = t
-        self.first = False
         self.running = int(active.sum())
         return self.running == 0
 
     def compaction(self) -> Tensor | None:
         """Which rows of the running batch to keep, once at least half of it is done."""
-        total = self.active.numel() if self.rows is None else self.rows.numel()
+        total = self.total if self.rows is None else self.rows.numel()
         room = -(-self.running // self.ROWS) * self.ROWS
         if total <= 2 * self.ROWS or 2 * room > total:
             return None
+        if self.plain:
+            self._catch_up()
         active = self.active if self.rows is None else self.active[self.rows]
         # Unfinished rows first; finished ones fill up to the multiple.
         return torch.argsort(active, descending=True, stable=True)[:room]
@@ -328,17 +384,36 @@ class _Progress:
 
     def scatter(self, z: Tensor) -> Tensor:
         """The running iterates, finished samples standing still: one frame of the trajectory."""
+        if self.plain:
+            return (
+                z.clone() if self.done is None else torch.where(self.done[:, None], self.value, z)
+            )
         frame = self.value.clone()
         frame[self.rows if self.rows is not None else slice(None)] = z
         return torch.where(self.active[:, None], frame, self.value)
 
     def solution(self, stats: dict[str, Any], record: "list[Tensor] | None") -> Solution:
         """What the loop found."""
-        if self.running:
+        if self.plain:
             self._catch_up()
-        if record is not None:
-            stats["trajectory"] = [*record, self.value]
-        if self.value.shape[0] == 0 or self.value.shape[1] == 0:
-            self.codes.fill_(Status.CONVERGED.code)
+        if self.value.numel() == 0:
             self.residual.zero_()
-        return Solution(self.value, self.codes, self.residual, self.steps, stats=stats)
+        if record is not None:
+            stats["trajectory"] = torch.stack([*record, self.value])
+        return Solution(
+            self.value, self.codes, self.residual, self.steps, image=self.image, stats=stats
+        )
+
+
+def _falls(now: Tensor, before: Tensor) -> bool:
+    """Whether no entry is larger than it was."""
+    return float((now - before).amax()) <= 0
+
+
+def _range(t: Tensor) -> tuple[float, float]:
+    """The least and the largest entry; NaN, twice, where there is one."""
+    if t.numel() == 1:
+        value = t.item()
+        return value, value
+    low, high = torch.aminmax(t)
+    return low.item(), high.item()

@@ -1,5 +1,6 @@
 """Choosing a solver by what is known of the map."""
 
+import functools
 import math
 from dataclasses import dataclass
 from typing import Any
@@ -12,102 +13,148 @@ from ._loop import FixedPointSolver, Map
 from .anderson import Anderson
 from .broyden import Broyden
 from .newton import Newton
+from .newton_picard import NewtonPicard
 from .picard import Picard
 from .splittings import PeacemanRachford
 
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(FixedPointSolver):
-    """Chooses by declared facts, says in `stats["reason"]` why, and changes over when stuck.
+    """Chooses by what is declared of the map and by four products of A with one vector.
 
     - A strictly triangular: Picard, exact after at most n steps.
-    - a certified contraction whose rate (the certificate's, or for a small map an estimate of
-      ||A||_2 times the largest slope) is at most 0.6: Picard, where one product is cheap beside
-      the arithmetic of an acceleration.
+    - one A for the batch: the power method tells how fast plain steps converge, and how fast once
+      the dominant direction of A is taken out; Picard or NewtonPicard, whichever should take less
+      time, if it should take at most `STEPS` steps.
     - a small system (n <= 32, or 128 for one sample): Newton with LU.
     - strongly monotone, slopes in [0, 1], a prox in closed form, a batch large enough to pay for
-      one inverse:
-      Peaceman-Rachford.
+      one inverse: Peaceman-Rachford.
     - any other certified contraction: Broyden; anything else: Anderson.
-    A solver that has used up its budget hands the unfinished samples to the next: Anderson, then
-    Newton, until `max_steps`.
+
+    The choice depends on A and on the size of the batch, not on the values in it. A solver that has
+    used up its budget hands the unfinished samples, each from the better of its start and its last
+    iterate, to the next: Anderson, then Newton, until `max_steps`. `stats` say which solvers ran,
+    and the reason for the first.
     """
 
-    reuses = True
-    # Multiply-adds of one evaluation below which the bookkeeping of an acceleration costs more.
-    CHEAP = 1 << 24
+    # Most steps that a linear rate, measured on A, may need: beyond, an accelerated method wins.
+    STEPS = 14
+    # Entries of the state, n <= 128, below which looking for something better takes longer.
+    CHEAP = 1 << 13
     # Of factorising the whole batch, below which a Newton step by LU is cheaper than several others.
     SMALL = 1 << 18  # m n^3
 
+    def _make(self, cls: type[FixedPointSolver], **options: Any) -> FixedPointSolver:
+        """A solver of that class with the tolerances of this one."""
+        return _member(cls, self.rtol, self.atol, self.max_steps, **options)
+
     def choose(self, f: Map, samples: int, states: int) -> tuple[list[tuple[Any, float]], str]:
         """The solvers to try, each with the evaluations it may spend, and the reason."""
-        common: dict[str, Any] = {
-            "rtol": self.rtol, "atol": self.atol, "max_steps": self.max_steps
-        }  # fmt: skip
-        picard, anderson = Picard(**common), Anderson(**common)
-        rest = [(anderson, 200), (Newton(**common), math.inf)]
-        kappa, work = f.contraction, samples * states**2
-        affine = isinstance(f, AffineMap)
+        make = self._make
+        rest = [(make(Anderson), 200), (make(Newton), math.inf)]
         if f.acyclic:
-            return [(picard, states + 1), *rest], "A is strictly triangular"
-        if kappa is not None and work <= self.CHEAP:
-            rate = kappa
-            if isinstance(f, AffineMap) and kappa > 0.6 and samples > 1:
-                rate = min(rate, _estimate(f))
-            if rate <= 0.6:
-                return [(picard, 60), *rest], f"a contraction of rate about {rate:.2g}, cheap steps"
+            return [(make(Picard), states + 1), *rest], "A is strictly triangular"
+        affine = isinstance(f, AffineMap)
+        kappa = f.contraction
+        if kappa is not None and kappa <= 0.6 and states <= 128 and samples * states <= self.CHEAP:
+            return [
+                (make(Picard, rate=kappa), 60),
+                *rest,
+            ], f"a contraction of factor {kappa:.2g}, cheap steps"
+        if isinstance(f, AffineMap) and f.A.dim() == 2 and f.monotone is None:
+            best, reason = self._linear_rate(f, samples, states)
+            if best is not None:
+                return [(best, 4 * self.STEPS), *rest], reason
         if affine and states <= (128 if samples == 1 else 32) and samples * states**3 <= self.SMALL:
-            return [(Newton(**common), 40), *rest], "a small system: LU is cheapest"
-        if kappa is not None:
-            plan = [(Broyden(**common), 200), *rest]
-            return plan, f"a certified contraction of factor {kappa:.3g}"
+            return [(make(Newton), 40), *rest], "a small system: LU is cheapest"
+        if f.contraction is not None:
+            plan = [(make(Broyden), 200), *rest]
+            return plan, f"a certified contraction of factor {f.contraction:.3g}"
         if f.monotone is None:
             return rest, "nothing certified"
         reason = f"strongly monotone, m = {f.monotone:.3g}"
         prox = f.phi.cheap_prox and f.phi.monotone and f.phi.nonexpansive and f.A.dim() == 2
         if prox and states <= 8 * samples:
-            plan = [(PeacemanRachford(**common), 200), *rest]
+            plan = [(make(PeacemanRachford), 200), *rest]
             return plan, f"{reason}; {samples} samples pay for an inverse"
         return rest, reason
 
-    def init(self, f: Map, z: Tensor, fz: Tensor) -> Any:
-        """The plan, and the state of its first solver."""
-        plan, reason = self.choose(f, *z.shape)
-        return plan, reason, 0, 0, plan[0][0].init(f, z, fz)
+    def _linear_rate(
+        self, f: AffineMap, samples: int, states: int
+    ) -> tuple[FixedPointSolver | None, str]:
+        """Picard or NewtonPicard, by the time that they should take; None where both take long."""
+        found, slope = f.factors.dominant(), f.phi.lipschitz
+        plain, without = found.rate * slope, found.rest * slope
+        if f.contraction is not None:
+            plain = min(plain, f.contraction)
+        digits = math.log(self.tolerance(f.v.dtype))
+        entries = samples * states
+
+        def time(rate: float, extra: float) -> float:
+            steps = digits / math.log(min(max(rate, 1e-6), 0.999)) + 1
+            return steps * (entries * states + extra) if steps <= self.STEPS else math.inf
+
+        # Passes over the batch and calls of an operator, in multiply-adds.
+        picard = time(plain, 8 * entries + (1 << 18))
+        newton = math.inf
+        if found.spread * slope < 1 and f.phi.entrywise:
+            newton = time(without, 64 * entries + (1 << 20))
+        if min(picard, newton) == math.inf:
+            return None, ""
+        if picard <= newton:
+            reason = f"plain steps contract by about {plain:.2g}"
+            return self._make(Picard, rate=plain), reason
+        return self._make(NewtonPicard), (
+            f"one direction of A contracts by {plain:.2g}, the others by about {without:.2g}"
+        )
+
+    def begin(self, f: Map, z: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+        """The plan, and the start of its first solver."""
+        plan, reason = self.choose(f, *(f.v.shape if z is None else z.shape))
+        z, fz, inner = plan[0][0].begin(f, z)
+        # A copy, since buffers are used again.
+        return z, fz, (plan, reason, 0, 0, z if len(plan) == 1 else z.clone(), inner)
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """A step of the solver whose turn it is."""
-        plan, reason, turn, spent, inner = state
+        plan, reason, turn, spent, start, inner = state
         if spent >= plan[turn][1]:
             turn, spent = turn + 1, 0
-            fz = f(z)
-            inner = plan[turn][0].init(f, z, fz)
+            f_start = f(start)
+            better = _residual(z, fz) < _residual(start, f_start)  # False for NaN
+            z, fz = torch.where(better, z, start), torch.where(better, fz, f_start)
+            z, fz, inner = plan[turn][0].begin(f, z)
         z, fz, inner = plan[turn][0].step(f, z, fz, inner)
-        return z, fz, (plan, reason, turn, spent + 1, inner)
+        return z, fz, (plan, reason, turn, spent + 1, start, inner)
 
     def exact(self, state: Any) -> bool:
         """As the solver whose turn it is."""
-        plan, _, turn, _, inner = state
+        plan, _, turn, _, _, inner = state
         return plan[turn][0].exact(inner)
 
     def look(self, k: int, work: int, state: Any) -> bool:
         """As the solver whose turn it is."""
-        plan, _, turn, _, inner = state
+        plan, _, turn, _, _, inner = state
         return plan[turn][0].look(k, work, inner)
+
+    def overwrites(self, state: Any) -> bool:
+        """As the solver whose turn it is."""
+        plan, _, turn, _, _, inner = state
+        return plan[turn][0].overwrites(inner)
 
     def describe(self, state: Any) -> dict[str, Any]:
         """Which solvers ran, and why the first was chosen."""
-        plan, reason, turn, _, _ = state
+        plan, reason, turn, *_ = state
         names = [solver.name for solver, _ in plan[: turn + 1]]
         return {"solver": names[-1], "reason": reason, "tried": tuple(names)}
 
 
-def _estimate(f: AffineMap) -> float:
-    """||A||_2 times the largest slope, from below, by four steps of the power method."""
-    A = f.A if f.A.dim() == 2 else f.A[0]
-    w = torch.ones(A.shape[0], 1, dtype=A.dtype, device=A.device)
-    w[1::2] = 0.5  # not orthogonal to the leading vector of a row-symmetric A
-    for _ in range(4):
-        w = A.mT @ (A @ w)
-        w = w / torch.linalg.vector_norm(w).clamp_min(torch.finfo(A.dtype).tiny)
-    return float(torch.linalg.vector_norm(A @ w)) * f.phi.lipschitz
+@functools.lru_cache(maxsize=256)
+def _member(
+    cls: type[FixedPointSolver], rtol: float | None, atol: float, max_steps: int, **options: Any
+) -> FixedPointSolver:
+    return cls(rtol=rtol, atol=atol, max_steps=max_steps, **options)
+
+
+def _residual(z: Tensor, fz: Tensor) -> Tensor:
+    return torch.linalg.vector_norm(fz - z, dim=1, keepdim=True)

@@ -34,16 +34,25 @@ def _monotone(solver: FixedPointSolver, f: Map) -> AffineMap:
     return f
 
 
-def _constants(f: AffineMap) -> tuple[float, float]:
-    """(m, L): the strong monotonicity of I - A and a bound on its 2-norm."""
-    G = torch.eye(f.A.shape[0], dtype=f.A.dtype, device=f.A.device) - f.A
-    L = math.sqrt(float(G.abs().sum(0).amax() * G.abs().sum(1).amax()))
-    if G.shape[0] <= 256:
-        L = min(L, float(torch.linalg.matrix_norm(G, 2)))
+def _strength(solver: FixedPointSolver, f: AffineMap) -> float:
+    """m > 0 with (I - A) strongly monotone of that constant, or the reason why there is none."""
     if f.monotone is not None:
-        return f.monotone, L
-    symmetric = (G + G.mT) / 2
-    return float(torch.linalg.eigvalsh(symmetric)[0]), L
+        return f.monotone
+    G = torch.eye(f.A.shape[0], dtype=f.A.dtype, device=f.A.device) - f.A
+    m = float(torch.linalg.eigvalsh((G + G.mT) / 2)[0])
+    if not m > 0:
+        raise ValueError(
+            f"{type(solver).__name__}: I - A is not strongly monotone (m = {m:.3g}, expected > 0). "
+            "Pass `alpha`, or use Anderson or Newton."
+        )
+    return m
+
+
+def _length(A: Tensor) -> float:
+    """A bound on ||I - A||_2, no power method being one."""
+    G = torch.eye(A.shape[0], dtype=A.dtype, device=A.device) - A
+    L = math.sqrt(float(G.abs().sum(0).amax() * G.abs().sum(1).amax()))
+    return min(L, float(torch.linalg.matrix_norm(G, 2))) if G.shape[0] <= 256 else L
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,13 +75,7 @@ class ForwardBackward(FixedPointSolver):
         f = _monotone(self, f)
         if self.alpha is not None:
             return self.alpha
-        m, L = _constants(f)
-        if not m > 0:
-            raise ValueError(
-                f"ForwardBackward: I - A is not strongly monotone (m = {m:.3g}, expected > 0). "
-                "Pass `alpha`, or use Anderson or Newton."
-            )
-        return m / L**2
+        return _strength(self, f) / _length(f.A) ** 2
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """Forward, then the prox."""
@@ -85,13 +88,15 @@ class ForwardBackward(FixedPointSolver):
 class PeacemanRachford(FixedPointSolver):
     """Peaceman-Rachford splitting: one product with V = (I + a (I - A))^-1 a step.
 
-        x = V (u + a v),  w = prox_{a g}(2 x - u),  u <- u + 2 (w - x).
+        x = V (u + a v),  r = 2 x - u,  w = prox_{a g}(r),  u <- 2 w - r.
 
-    V is computed once a solve, so it pays for large batches. f(x) comes for free from
-    A x + v = x + (x - u) / a; what looks converged is checked against f itself.
+    The product taken is r = (2 V - I) u + 2 a V v. V is computed once and shared with the adjoint
+    equation, so it pays for large batches. f(x) comes for free from A x + v = x + (x - u) / a; what
+    looks converged is checked against f itself.
 
     Args:
-        alpha: step a > 0, any converges; None means 1 / sqrt(m L).
+        alpha: step a > 0, any converges; None means 0.6 / sqrt(m L), L about ||I - A||_2, which
+            lies between the best step for a symmetric and for a skew A.
     """
 
     alpha: float | None = None
@@ -101,40 +106,49 @@ class PeacemanRachford(FixedPointSolver):
         if self.alpha is not None and not self.alpha > 0:
             raise ValueError(f"PeacemanRachford: alpha={self.alpha}, expected alpha > 0.")
 
-    def init(self, f: Map, z: Tensor, fz: Tensor) -> Any:
-        """The inverse, and the part of every step that does not change."""
+    def begin(self, f: Map, z: Tensor | None) -> tuple[Tensor, Tensor, Any]:
+        """The inverse, and the u whose resolvent is z."""
         f = _monotone(self, f)
         alpha = self.alpha
         if alpha is None:
-            m, L = _constants(f)
-            if not m > 0:
-                raise ValueError(
-                    f"PeacemanRachford: I - A is not strongly monotone (m = {m:.3g}, expected > 0)."
-                    " Use Anderson or Newton."
-                )
-            alpha = 1 / math.sqrt(m * L)
-        eye = torch.eye(f.A.shape[0], dtype=z.dtype, device=z.device)
-        VT = torch.linalg.inv((1 + alpha) * eye - alpha * f.A.mT)
-        # Start from the u whose resolvent is z: its first x is z again.
-        u = z + alpha * (z - f.affine(z))
-        return _Fixed(VT, alpha), u, (alpha * f.v) @ VT
+            alpha = 0.6 / math.sqrt(_strength(self, f) * max(f.factors.norm(), 1e-6))
+        V = f.factors.resolvent(alpha)
+        R = (2 * V.mT).contiguous()
+        R.diagonal().sub_(1.0)
+        fixed, shift = _Fixed(R, alpha), torch.mm(f.v, V.mT).mul_(2 * alpha)
+        if z is None:
+            return self._evaluate(f, f.start(), fixed, shift)
+        s = f.affine(z)
+        u = z + alpha * (z - s)
+        return z, f.phi(s), (fixed, 2 * z - u, shift)
 
     def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """Both reflections."""
-        fixed, u, shift = state
-        alpha = fixed.alpha
-        u = u + 2 * (f.phi.prox(2 * z - u, alpha) - z)
-        x = torch.addmm(shift, u, fixed.VT)
-        return x, f.phi(torch.lerp(x, u, -1 / alpha)), (fixed, u, shift)
+        assert isinstance(f, AffineMap)
+        fixed, r, shift = state
+        return self._evaluate(f, torch.lerp(r, f.phi.prox(r, fixed.alpha), 2.0), fixed, shift)
+
+    @staticmethod
+    def _evaluate(
+        f: AffineMap, u: Tensor, fixed: "_Fixed", shift: Tensor
+    ) -> tuple[Tensor, Tensor, Any]:
+        """x = (r + u) / 2, f(x), and the state."""
+        r = torch.addmm(shift, u, fixed.R)
+        s = torch.lerp(r, u, 0.5 - 0.5 / fixed.alpha)
+        return torch.lerp(r, u, 0.5), f.phi.call_(s), (fixed, r, shift)
 
     def exact(self, state: Any) -> bool:
         """f(x) is reconstructed."""
         return False
+
+    def look(self, k: int, work: int, state: Any) -> bool:
+        """Every third step: what looks converged costs a product to check."""
+        return k == 1 or k % 3 == 0
 
 
 @dataclass(frozen=True, eq=False)
 class _Fixed:
     """What does not belong to any sample, and stays when the batch is compacted."""
 
-    VT: Tensor
+    R: Tensor  # (2 V - I)^T
     alpha: float
