@@ -767,8 +767,8 @@ CHOICES = [
     ("positive", row_sums(rand(N, N), 0.99), 64, {}, "NewtonPicard", "one direction of A"),
     ("one", RING, 1, {}, "Newton", "LU"),
     ("monotone", SMALL, 64, {"monotone": 0.5}, "PeacemanRachford", "monotone, m = 0.5"),
-    ("wide", row_sums(randn(99, 99), 0.5), 2, {"monotone": 0.5}, "Anderson", "monotone, m = 0.5"),
-    ("contraction", RING, 64, {"contraction": 0.901}, "Broyden", "certified contraction"),
+    ("wide", row_sums(randn(513, 513), 0.5), 2, {"monotone": 0.5}, "Anderson", "m = 0.5"),
+    ("contraction", RING, 64, {"contraction": 0.901}, "Anderson", "certified contraction"),
     ("nothing", RING, 64, {}, "Anderson", "nothing certified"),
 ]
 

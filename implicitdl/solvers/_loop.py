@@ -240,8 +240,8 @@ class _Progress:
     values of its batch-mates. Its rows go on being computed after it has finished, until the
     batch is compacted, but what was recorded for it stands.
 
-    As long as every sample gets better or has converged, little is written down (`plain`); the
-    first that fails to makes `_catch_up` write down the rest, one entry a sample.
+    As long as every sample is finite and time is short, little is written down (`plain`);
+    `_catch_up` writes down the rest, one entry a sample.
     """
 
     # A batch shrinks to a multiple of this many rows: below, BLAS switches to kernels that round
@@ -265,6 +265,7 @@ class _Progress:
         self.running = self.total = m  # how many of them are unfinished, of how many
         self.poison: Tensor | None = None  # NaN for samples that are wrong from the start
         self.plain = True
+        self.early: tuple[Tensor, int] | None = None  # the residual at some early look, and when
         self.codes = self.active = self.mark = self.gain = z.new_empty(0)
 
     def scaled(self, z: Tensor, fz: Tensor) -> Tensor:
@@ -287,20 +288,25 @@ class _Progress:
                 residual = torch.where(residual < 1, self.scaled(z, fz), residual)
             now = residual if done is None else torch.where(done, before, residual)
             low, high = _range(now)
-        if not self.plain:
-            return self._sort_out(residual, z, fz, k)
         # A NaN compares false.
-        if not (high < 1 or high < torch.inf and (before is None or _falls(now, before))):
+        if not (self.plain and high < torch.inf and k <= self.PATIENCE):
             return self._sort_out(residual, z, fz, k)
         if high >= 1 and overwritten:
             z, fz = z.clone(), fz.clone() if low < 1 else None
-        if done is None:
-            self.value, self.image, self.steps = z, fz, k
+        keep = done
+        if high >= 1 and before is not None and float((now - before).amax()) > 0:
+            keep = now >= before  # of those who have converged, too, what is known stands
+            now = torch.minimum(now, before)
+        self.steps = k if done is None else torch.where(done, self.steps, k)
+        if keep is None:
+            self.value, self.image = z, fz
         else:
-            self.value = torch.where(done[:, None], self.value, z)
-            self.image = torch.where(done[:, None], self.image, fz)
-            self.steps = torch.where(done, self.steps, k)
+            self.value = torch.where(keep[:, None], self.value, z)
+            both = self.image is not None and fz is not None
+            self.image = torch.where(keep[:, None], self.image, fz) if both else None
         self.residual = now
+        if self.early is None and k >= 32:
+            self.early = now, k
         if high < 1:
             self.running = 0
             return True
@@ -327,6 +333,9 @@ class _Progress:
             self.codes.masked_fill_(self.done, Status.CONVERGED.code)
         # The residual when it last fell by a hundredth, and when that was.
         self.mark, self.gain = self.residual, self.steps
+        if self.early is not None:
+            then, k = self.early
+            self.gain = torch.where(self.residual < 0.99 * then, self.steps, k)
         self.plain, self.image, self.done = False, None, None
 
     def _sort_out(self, residual: Tensor, z: Tensor, fz: Tensor, k: int) -> bool:
@@ -403,11 +412,6 @@ class _Progress:
         return Solution(
             self.value, self.codes, self.residual, self.steps, image=self.image, stats=stats
         )
-
-
-def _falls(now: Tensor, before: Tensor) -> bool:
-    """Whether no entry is larger than it was."""
-    return float((now - before).amax()) <= 0
 
 
 def _range(t: Tensor) -> tuple[float, float]:

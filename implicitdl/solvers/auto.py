@@ -11,7 +11,6 @@ from torch import Tensor
 from ..maps import AffineMap
 from ._loop import FixedPointSolver, Map
 from .anderson import Anderson
-from .broyden import Broyden
 from .newton import Newton
 from .newton_picard import NewtonPicard
 from .picard import Picard
@@ -26,10 +25,10 @@ class Auto(FixedPointSolver):
     - one A for the batch: the power method tells how fast plain steps converge, and how fast once
       the dominant direction of A is taken out; Picard or NewtonPicard, whichever should take less
       time, if it should take at most `STEPS` steps.
+    - strongly monotone, slopes in [0, 1], a prox in closed form, n <= 512 or a batch large enough
+      to pay for one inverse: Peaceman-Rachford.
     - a small system (n <= 32, or 128 for one sample): Newton with LU.
-    - strongly monotone, slopes in [0, 1], a prox in closed form, a batch large enough to pay for
-      one inverse: Peaceman-Rachford.
-    - any other certified contraction: Broyden; anything else: Anderson.
+    - anything else: Anderson.
 
     The choice depends on A and on the size of the batch, not on the values in it. A solver that has
     used up its budget hands the unfinished samples, each from the better of its start and its last
@@ -54,30 +53,26 @@ class Auto(FixedPointSolver):
         rest = [(make(Anderson), 200), (make(Newton), math.inf)]
         if f.acyclic:
             return [(make(Picard), states + 1), *rest], "A is strictly triangular"
-        affine = isinstance(f, AffineMap)
-        kappa = f.contraction
+        kappa, matrix = f.contraction, isinstance(f, AffineMap) and f.A.dim() == 2
         if kappa is not None and kappa <= 0.6 and states <= 128 and samples * states <= self.CHEAP:
-            return [
-                (make(Picard, rate=kappa), 60),
-                *rest,
-            ], f"a contraction of factor {kappa:.2g}, cheap steps"
-        if isinstance(f, AffineMap) and f.A.dim() == 2 and f.monotone is None:
+            plan = [(make(Picard, rate=kappa), 60), *rest]
+            return plan, f"a contraction of factor {kappa:.2g}, cheap steps"
+        if matrix and f.monotone is None:
             best, reason = self._linear_rate(f, samples, states)
             if best is not None:
                 return [(best, 4 * self.STEPS), *rest], reason
-        if affine and states <= (128 if samples == 1 else 32) and samples * states**3 <= self.SMALL:
+        limit = 128 if samples == 1 and f.monotone is None else 32
+        if isinstance(f, AffineMap) and states <= limit and samples * states**3 <= self.SMALL:
             return [(make(Newton), 40), *rest], "a small system: LU is cheapest"
-        if f.contraction is not None:
-            plan = [(make(Broyden), 200), *rest]
-            return plan, f"a certified contraction of factor {f.contraction:.3g}"
-        if f.monotone is None:
-            return rest, "nothing certified"
-        reason = f"strongly monotone, m = {f.monotone:.3g}"
-        prox = f.phi.cheap_prox and f.phi.monotone and f.phi.nonexpansive and f.A.dim() == 2
-        if prox and states <= 8 * samples:
-            plan = [(make(PeacemanRachford), 200), *rest]
-            return plan, f"{reason}; {samples} samples pay for an inverse"
-        return rest, reason
+        if f.monotone is not None:
+            reason = f"strongly monotone, m = {f.monotone:.3g}"
+            prox = f.phi.cheap_prox and f.phi.monotone and f.phi.nonexpansive
+            if matrix and prox and states <= max(512, 32 * samples):
+                return [(make(PeacemanRachford), 200), *rest], f"{reason}; one inverse pays"
+            return rest, reason
+        if kappa is not None:
+            return rest, f"a certified contraction of factor {kappa:.3g}"
+        return rest, "nothing certified"
 
     def _linear_rate(
         self, f: AffineMap, samples: int, states: int
