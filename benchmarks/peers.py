@@ -88,18 +88,17 @@ class Competitor:
 # --- ours
 
 
-def ours(A: Tensor, v: Tensor, problem: Problem, setting: Setting, solver: str) -> Any:
-    """Solve x = relu(A x + v) as a layer does, with the facts that a layer certifies."""
-    import implicitdl
-    from implicitdl import activations, implicit, maps, solvers
+def ours(
+    A: Tensor, v: Tensor, problem: Problem, setting: Setting, solver: str
+) -> Callable[[], Any]:
+    """A call that solves x = relu(A x + v) as a layer does, with the facts that it certifies."""
+    from implicitdl import activations, fixed_point, implicit, maps, solvers
 
-    solve = getattr(implicitdl, "fixed_point", implicit.fixed_point)
-    f = maps.AffineMap(
-        A, v, activations.ReLU(), contraction=problem.contraction, monotone=problem.monotone
-    )
+    phi = activations.ReLU()
+    facts = {"contraction": problem.contraction, "monotone": problem.monotone}
     forward = solvers.get_solver(solver, rtol=setting.forward)
-    backward = solvers.get_solver(solver, rtol=setting.backward)
-    return solve(f, None, solver=forward, adjoint=implicit.Implicit(solver=backward))
+    adjoint = implicit.Implicit(solver=solvers.get_solver(solver, rtol=setting.backward))
+    return lambda: fixed_point(maps.AffineMap(A, v, phi, **facts), solver=forward, adjoint=adjoint)
 
 
 class Ours(Competitor):
@@ -113,10 +112,11 @@ class Ours(Competitor):
 
     def run(self, problem: Problem, setting: Setting, gradient: bool) -> Run:
         A, v, g = _leaves(problem, gradient)
+        solve = ours(A, v, problem, setting, self.solver)
 
         def call() -> Answer:
             with torch.set_grad_enabled(gradient):
-                self.solution = ours(A, v, problem, setting, self.solver)
+                self.solution = solve()
             x = self.solution.value
             return (x, *torch.autograd.grad(x, (A, v), g)) if gradient else (x,)
 

@@ -249,20 +249,23 @@ class AffineMap:
     def __post_init__(self) -> None:
         if self.A.dim() == 2 and (self.factors is None or not self.factors.of(self.A)):
             object.__setattr__(self, "factors", Factors(self.A))
+        object.__setattr__(self, "_At", self.A.mT)
 
     def affine(self, z: Tensor, out: Tensor | None = None) -> Tensor:
         """z A^T + v.  # (m, n) -> (m, n)"""
-        if self.A.dim() == 2:
-            return torch.addmm(self.v, z, self.A.mT, out=out)
-        grouped = (self.A.shape[0], -1, self.A.shape[-1])
-        result = torch.baddbmm(self.v.view(grouped), z.view(grouped), self.A.mT).view_as(z)
+        At = self._At  # type: ignore[attr-defined]
+        if At.dim() == 2:
+            return torch.addmm(self.v, z, At, out=out)
+        grouped = (At.shape[0], -1, At.shape[-1])
+        result = torch.baddbmm(self.v.view(grouped), z.view(grouped), At).view_as(z)
         return result if out is None else out.copy_(result)
 
     def __call__(self, z: Tensor, out: Tensor | None = None) -> Tensor:
         s = self.affine(z, out)
         # In place only where no graph is recorded.
-        recording = out is None and torch.is_grad_enabled()
-        return self.phi(s) if recording else self.phi.call_(s)
+        if out is not None or not torch.is_grad_enabled():
+            return self.phi.call_(s)
+        return self.phi(s)
 
     def start(self) -> Tensor:
         """Where to start when nothing is known: phi(v)."""

@@ -11,7 +11,7 @@ from .. import solvers
 from ..maps import AffineMap
 from ..solution import Solution, unknown_name
 from ..solvers import FixedPointSolver
-from .affine import Attach, Equation
+from .affine import Attach, Equation, constant
 from .closures import Chord, Inverse, Map, Series, as_rows
 
 
@@ -36,13 +36,13 @@ def attach(
     Returns:
         z, with the derivatives of the fixed point in everything f closes over.
     """
+    if constant():
+        return z
     solver = solvers.get_solver(solver)
     if isinstance(f, AffineMap):
         facts = (f.phi, f.contraction, f.monotone, f.acyclic)
         equation = Equation(*facts, solver, solver, factors=f.factors, image=image)
         return Attach.apply(f.A, f.v, z.detach(), equation)
-    if not torch.is_grad_enabled():
-        return z
     z = z.detach()
     inverse = Inverse(as_rows(f, z), z, solver)
     for _ in range(order):

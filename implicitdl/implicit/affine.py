@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import activations, solvers
 from ..maps import AffineMap, Factors, Scaled
@@ -122,7 +123,18 @@ def equilibrium(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
         return Attach.apply(A, v, x, equation)
     f = equation.map(A.detach(), v.detach())
     solution = equation.solver.solve(f).check()
+    if constant():
+        return solution.value
     return Attach.apply(A, v, solution.value, equation.solved(f, solution.image))
+
+
+def constant() -> bool:
+    """Whether no kind of derivative can be asked of what is computed now."""
+    return not (
+        torch.is_grad_enabled()
+        or forward_ad._current_level >= 0
+        or torch._C._are_functorch_transforms_active()
+    )
 
 
 def _outer(s: Tensor, x: Tensor, A: Tensor) -> Tensor:

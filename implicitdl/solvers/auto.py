@@ -58,9 +58,9 @@ class Auto(FixedPointSolver):
             plan = [(make(Picard, rate=kappa), 60), *rest]
             return plan, f"a contraction of factor {kappa:.2g}, cheap steps"
         if matrix and f.monotone is None:
-            best, reason = self._linear_rate(f, samples, states)
+            best, steps, reason = self._linear_rate(f, samples, states)
             if best is not None:
-                return [(best, 4 * self.STEPS), *rest], reason
+                return [(best, 2 * steps + 6), *rest], reason
         limit = 128 if samples == 1 and f.monotone is None else 32
         if isinstance(f, AffineMap) and states <= limit and samples * states**3 <= self.SMALL:
             return [(make(Newton), 40), *rest], "a small system: LU is cheapest"
@@ -75,9 +75,10 @@ class Auto(FixedPointSolver):
         return rest, "nothing certified"
 
     def _linear_rate(
-        self, f: AffineMap, samples: int, states: int
-    ) -> tuple[FixedPointSolver | None, str]:
-        """Picard or NewtonPicard, by the time that they should take; None where both take long."""
+        self, f: Map, samples: int, states: int
+    ) -> tuple[FixedPointSolver | None, float, str]:
+        """Picard or NewtonPicard, by the time that they should take, with the steps that they
+        should need and the reason; None where both take long."""
         found, slope = f.factors.dominant(), f.phi.lipschitz
         plain, without = found.rate * slope, found.rest * slope
         if f.contraction is not None:
@@ -85,23 +86,20 @@ class Auto(FixedPointSolver):
         digits = math.log(self.tolerance(f.v.dtype))
         entries = samples * states
 
-        def time(rate: float, extra: float) -> float:
-            steps = digits / math.log(min(max(rate, 1e-6), 0.999)) + 1
-            return steps * (entries * states + extra) if steps <= self.STEPS else math.inf
+        def steps(rate: float) -> float:
+            return digits / math.log(min(max(rate, 1e-6), 0.999)) + 1
 
-        # Passes over the batch and calls of an operator, in multiply-adds.
-        picard = time(plain, 8 * entries + (1 << 18))
-        newton = math.inf
-        if found.spread * slope < 1 and f.phi.entrywise:
-            newton = time(without, 64 * entries + (1 << 20))
-        if min(picard, newton) == math.inf:
-            return None, ""
-        if picard <= newton:
+        # A step's passes over the batch and calls of an operator, in multiply-adds.
+        picard = steps(plain) * (entries * (states + 8) + (1 << 18))
+        newton = steps(without) * (entries * (states + 64) + (1 << 20))
+        usable = found.spread * slope < 1 and f.phi.entrywise and steps(without) <= self.STEPS
+        if steps(plain) <= self.STEPS and not (usable and newton < picard):
             reason = f"plain steps contract by about {plain:.2g}"
-            return self._make(Picard, rate=plain), reason
-        return self._make(NewtonPicard), (
-            f"one direction of A contracts by {plain:.2g}, the others by about {without:.2g}"
-        )
+            return self._make(Picard, rate=plain), steps(plain), reason
+        if not usable:
+            return None, 0.0, ""
+        reason = f"one direction of A contracts by {plain:.2g}, the others by about {without:.2g}"
+        return self._make(NewtonPicard), steps(without), reason
 
     def begin(self, f: Map, z: Tensor | None) -> tuple[Tensor, Tensor, Any]:
         """The plan, and the start of its first solver."""
