@@ -22,6 +22,11 @@ from torch import Tensor
 from .activations import Activation
 
 
+def inside_transform() -> bool:
+    """Whether a torch.func transform is at work, which hides values."""
+    return torch._C._are_functorch_transforms_active()
+
+
 class Linearization(Protocol):
     """J = df/dz at one point, applied row by row, never formed unless `dense` is asked for."""
 
@@ -334,11 +339,18 @@ class RowMap:
 
     def __call__(self, z: Tensor, out: Tensor | None = None) -> Tensor:
         # Rows or the caller's own shape: the solvers use one, the chord steps the other.
-        return self.f(z.reshape(self.shape)).reshape(z.shape)
+        before = _version(z)
+        out = self.f(z.reshape(self.shape))
+        if _version(z) != before:
+            raise ValueError(
+                "f wrote into its argument, expected it to leave z alone: a solver compares f(z) "
+                "with z. Use out-of-place operations (inplace=False in torch.nn modules)."
+            )
+        return out.reshape(z.shape)
 
-    def linearize(self, z: Tensor) -> "LinearizedRows":
+    def linearize(self, z: Tensor, graph: tuple[Tensor, Tensor] | None = None) -> "LinearizedRows":
         """J by automatic differentiation."""
-        return LinearizedRows(self, z)
+        return LinearizedRows(self, z, graph)
 
     def select(self, index: Tensor) -> None:
         """A closure is bound to its batch: it has no smaller one."""
@@ -346,12 +358,23 @@ class RowMap:
 
 
 class LinearizedRows:
-    """J of a callable at a constant z: a recorded graph, used as often as asked for."""
+    """J of a callable at a constant z: a recorded graph, used as often as asked for.
 
-    def __init__(self, f: RowMap, z: Tensor):
+    Args:
+        f: the callable.
+        z: where.  # (m, n)
+        graph: a leaf z and f there, recorded before, in any shape; else f is evaluated.
+    """
+
+    def __init__(self, f: RowMap, z: Tensor, graph: tuple[Tensor, Tensor] | None = None):
         with torch.enable_grad():
-            self.z = z.detach().requires_grad_()
-            self.value = f(self.z)
+            if graph is None:
+                self.z = z.detach().requires_grad_()
+                self.value = f(self.z)
+            else:
+                self.z, value = graph
+                self.value = value.reshape(z.shape)
+        self.shape = z.shape
         self._jvp: tuple[Tensor, Tensor] | None = None
 
     def vjp(self, w: Tensor) -> Tensor:
@@ -361,7 +384,7 @@ class LinearizedRows:
         (out,) = torch.autograd.grad(
             self.value, self.z, w, retain_graph=True, allow_unused=True, materialize_grads=True
         )
-        return out
+        return out.reshape(self.shape)
 
     def jvp(self, w: Tensor) -> Tensor:
         """J w: the vjp of the vjp, which is linear in its cotangent; its graph is kept."""
@@ -385,8 +408,8 @@ class LinearizedRows:
 
     def dense(self) -> Tensor:
         """J, column by column.  # (m, n, n)"""
-        eye = torch.eye(self.z.shape[1], dtype=self.z.dtype, device=self.z.device)
-        return torch.stack([self.jvp(e.expand_as(self.z)) for e in eye], dim=-1)
+        eye = torch.eye(self.shape[1], dtype=self.z.dtype, device=self.z.device)
+        return torch.stack([self.jvp(e.expand(self.shape)) for e in eye], dim=-1)
 
 
 @dataclass(frozen=True, eq=False)

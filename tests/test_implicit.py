@@ -6,11 +6,21 @@ import dataclasses
 import pytest
 import torch
 from problems import affine, monotone_matrix, rand, randn, row_sums
-from torch.autograd import gradcheck, gradgradcheck
+from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
 from implicitdl import ConvergenceError, Implicit, Neumann, OneStep, Unrolled, attach, fixed_point
-from implicitdl.activations import ELU, Blocks, LeakyReLU, ReLU, Sigmoid, Softmax, Softplus, Tanh
+from implicitdl.activations import (
+    ELU,
+    Blocks,
+    Identity,
+    LeakyReLU,
+    ReLU,
+    Sigmoid,
+    Softmax,
+    Softplus,
+    Tanh,
+)
 from implicitdl.implicit import Adjoint, Equation, equilibrium, get_adjoint
 from implicitdl.maps import AffineMap
 from implicitdl.solvers import Anderson, Auto, Newton, Picard
@@ -248,7 +258,9 @@ def test_a_closure_inside_a_transform_is_refused_with_the_reason():
         vmap(lambda v: closure(Tanh())(A, v[None])),
         jacrev(lambda v: closure(Tanh())(A, v)),
     ):
-        with pytest.raises(RuntimeError, match="closure inside a torch.func transform.*AffineMap"):
+        with pytest.raises(
+            RuntimeError, match="closure was called inside a torch.func transform.*MonotoneLayer"
+        ):
             transform(v)
 
 
@@ -716,3 +728,146 @@ def test_damped_one_step_is_the_phantom_gradient():
     # One damped step has slope 0.75 * 0.5 + 0.25 in z and 0.75 in a.
     (g,) = torch.autograd.grad(x.sum(), a)
     assert float(g) == pytest.approx(0.75 * (1 + 0.625)) and float(x.detach()) == pytest.approx(0.8)
+
+
+# --- no derivative of something else
+
+
+class Body(torch.nn.Module):
+    """f(z, u) = tanh(0.4 W z + V u), in the dtype of the tests."""
+
+    def __init__(self):
+        super().__init__()
+        torch.manual_seed(3)
+        self.W, self.V = torch.nn.Linear(4, 4), torch.nn.Linear(3, 4)
+
+    def forward(self, z, u):
+        return torch.tanh(0.4 * self.W(z) + self.V(u))
+
+
+def test_reverse_over_forward_mode_of_a_closure_is_held_to_its_order():
+    body, u, t = Body(), randn(5, 3).requires_grad_(), randn(5, 3, seed=1)
+
+    def tangent(order):
+        with forward_ad.dual_level():
+            dual = forward_ad.make_dual(u, t)
+            z = fixed_point(
+                lambda z: body(z, dual), torch.zeros(5, 4), adjoint=Implicit(order=order)
+            )
+            return forward_ad.unpack_dual(z.value.square().sum()).tangent
+
+    with pytest.raises(RuntimeError, match="differentiated more often"):
+        torch.autograd.grad(tangent(1), u)
+    (got,) = torch.autograd.grad(tangent(2), u)
+
+    def loss(u):
+        z = fixed_point(lambda z: body(z, u), torch.zeros(5, 4), adjoint=Implicit(order=2))
+        return z.value.square().sum()
+
+    (slope,) = torch.autograd.grad(loss(u), u, create_graph=True)
+    (expected,) = torch.autograd.grad((slope * t).sum(), u)
+    assert torch.allclose(got, expected, atol=1e-9)
+
+
+def test_a_parameter_that_changed_before_backward_is_noticed():
+    body, u = Body(), randn(5, 3)
+    z = fixed_point(lambda z: body(z, u), torch.zeros(5, 4)).value
+    with torch.no_grad():
+        body.W.weight.mul_(0.1)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        z.sum().backward()
+
+
+def test_a_switch_thrown_before_backward_changes_nothing():
+    body, u = Body(), randn(5, 3)
+    body.scale = 1.0
+
+    def f(z):
+        return body.scale * body(z, u)
+
+    def gradient(at_backward):
+        body.scale = 1.0
+        z = fixed_point(f, torch.zeros(5, 4)).value
+        body.scale = at_backward
+        return torch.autograd.grad(z.sum(), body.W.weight)[0]
+
+    assert torch.equal(gradient(0.2), gradient(1.0))
+
+
+def test_f_may_not_write_into_its_argument():
+    for solver in ("auto", "picard", "anderson", "broyden", "newton"):
+        with pytest.raises(ValueError, match="f wrote into its argument"):
+            fixed_point(lambda z: z.mul_(0.5).add_(1), torch.zeros(2, 2), solver=solver)
+
+
+def test_rows_that_depend_on_each_other_are_noticed():
+    shift = torch.arange(4.0)[:, None].requires_grad_()
+    with pytest.raises(ConvergenceError, match="the rows of f depend on each other"):
+        fixed_point(lambda z: 0.5 * z.mean(0, keepdim=True).expand_as(z) + shift, torch.zeros(4, 1))
+
+
+@pytest.mark.parametrize("order", [0, -1, 1.5, True])
+def test_orders_are_counted(order):
+    for make in (lambda: Implicit(order=order), lambda: attach(torch.cos, root(), order=order)):
+        with pytest.raises(ValueError, match=r"order=.*expected an integer >= 1"):
+            make()
+
+
+def root():
+    return fixed_point(torch.cos, torch.ones(2, 1)).value
+
+
+def test_attach_refuses_what_is_no_solution():
+    a = torch.tensor(0.5, requires_grad=True)
+    for f, z in (
+        (lambda z: a * z + 1, torch.full((2, 1), 2.0)),
+        (AffineMap(a.view(1, 1), torch.ones(2, 1), Identity()), torch.full((2, 1), 2.0)),
+    ):
+        assert attach(f, z).requires_grad
+        with pytest.raises(ValueError, match="expected z = f"):
+            attach(f, z + 0.1)
+
+
+def test_no_gradient_enters_a_failed_sample_and_none_is_spoilt_by_one():
+    body, u = Body(), randn(6, 3)
+    A, v = tensors()
+    v = v.detach().clone()
+    v[1] = torch.nan
+    v.requires_grad_()
+    s = fixed_point(AffineMap(A, v, Tanh()), on_failure="return")
+    assert s.converged.tolist() == [True, False, True]
+    grads = torch.autograd.grad(s.value[s.converged].square().sum(), (A, v), retain_graph=True)
+    assert all(bool(g.isfinite().all()) for g in grads) and not grads[1][1].any()
+    alone = fixed_point(AffineMap(A, v[s.converged], Tanh())).value
+    expected = torch.autograd.grad(alone.square().sum(), A)[0]
+    assert torch.allclose(grads[0], expected, atol=1e-10)
+    with pytest.raises(ConvergenceError, match=r"A gradient flows into samples \[1\]"):
+        torch.autograd.grad(s.value.sum(), A)
+    sick = torch.zeros(6, 1, dtype=torch.bool)
+    sick[2] = True
+
+    def f(z):
+        return body(z, u).masked_fill(sick, torch.nan)
+
+    s = fixed_point(f, torch.zeros(6, 4), on_failure="return")
+    grad = torch.autograd.grad(s.value[s.converged].sum(), body.W.weight, retain_graph=True)[0]
+    assert bool(grad.isfinite().all()) and int(s.converged.sum()) == 5
+    with pytest.raises(ConvergenceError, match=r"A gradient flows into samples \[2\]"):
+        torch.autograd.grad(s.value.sum(), body.W.weight)
+
+
+def test_an_adjoint_takes_the_name_of_a_solver_and_an_unrolled_solve_can_be_recorded():
+    assert Implicit(solver="newton").solver == Newton()
+    A, v = tensors()
+    s = fixed_point(AffineMap(A, v, Tanh()), adjoint=Unrolled(steps=30), record=True)
+    assert s.stats["trajectory"].shape == (31, *v.shape) and s.stats["evaluations"] == 31
+
+
+def test_a_backward_pass_under_autocast_solves_in_full_precision():
+    A, v = (t.detach().float().requires_grad_() for t in tensors())
+    x = fixed_point(AffineMap(A, v, Tanh())).value
+    plain = torch.autograd.grad(x.square().sum(), (A, v), retain_graph=True)
+    loss = x.square().sum()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        cast = torch.autograd.grad(loss, (A, v))
+    assert all(torch.allclose(a, b, rtol=1e-5, atol=1e-6) for a, b in zip(plain, cast, strict=True))

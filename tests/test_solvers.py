@@ -888,9 +888,10 @@ def test_peaceman_rachford_stays_at_an_answer(alpha):
         assert torch.allclose(fx, problem.exact, atol=1e-12)
 
 
-@pytest.mark.parametrize("solver", [Picard(max_steps=25), Picard(damping=0.1, max_steps=25)])
-def test_the_best_is_not_lost_when_its_buffer_is_used_again(solver):
+@pytest.mark.parametrize("damping", [0.0, 0.1])
+def test_the_best_is_not_lost_when_its_buffer_is_used_again(damping):
     """Residuals fall, then grow: one mode damped, one slowly taking over."""
+    solver = Picard(damping=damping, max_steps=25, atol=1e-14)
     f = AffineMap(torch.diag(torch.tensor([0.2, 1.4])), torch.zeros(2, 2), Identity())
     solution = solver.solve(f, torch.tensor([[1.0, 1e-5], [2.0, 1e-5]]))
     assert solution.statuses == [Status.MAX_STEPS] * 2

@@ -30,7 +30,7 @@ from .adjoints import (
     get_adjoint,
 )
 from .affine import Equation, equilibrium
-from .closures import Map
+from .closures import Map, refuse_transforms
 
 __all__ = [
     "Adjoint",
@@ -43,6 +43,7 @@ __all__ = [
     "equilibrium",
     "fixed_point",
     "get_adjoint",
+    "refuse_transforms",
 ]
 
 
@@ -107,13 +108,7 @@ def _start(f: "Map | AffineMap", z0: Tensor | None) -> Tensor | None:
                          "start of its own.")  # fmt: skip
     if z0.dim() < 1 or not z0.is_floating_point():
         raise ValueError(f"z0: got {_describe(z0)}, expected a real floating tensor (batch, *).")
-    if torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "fixed_point was called with a closure inside a torch.func transform (vmap, grad, "
-            "jacrev, ...): the solve looks at values, which a transform hides. Batch along dim 0 "
-            "and use torch.autograd (torch.autograd.functional.jacobian for Jacobians), or write "
-            "the map as an AffineMap (ImplicitLayer, MonotoneLayer), which torch.func can see into."
-        )
+    refuse_transforms("fixed_point with a closure")
     with torch.no_grad():
         out = f(z0)
     if not isinstance(out, Tensor) or _describe(out) != _describe(z0):

@@ -6,13 +6,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from .. import solvers
-from ..maps import AffineMap
-from ..solution import Solution, unknown_name
+from ..maps import AffineMap, inside_transform
+from ..solution import ConvergenceError, Solution, unknown_name
 from ..solvers import FixedPointSolver
 from .affine import Attach, Equation, constant
-from .closures import Chord, Inverse, Map, Series, as_rows
+from .closures import Chord, Inverse, Map, as_rows, flat
 
 
 def attach(
@@ -21,7 +22,6 @@ def attach(
     *,
     solver: "str | FixedPointSolver" = "auto",
     order: int = 1,
-    image: Tensor | None = None,
 ) -> Tensor:
     """Make a solution differentiable, however it was found.
 
@@ -31,23 +31,96 @@ def attach(
         solver: for the adjoint equation.
         order: how many derivatives a closure gets; differentiating further raises. The forward
             costs `order` evaluations of f. An `AffineMap` has all orders.
-        image: f(z), where it is at hand: an `AffineMap` then needs one product less.
 
     Returns:
         z, with the derivatives of the fixed point in everything f closes over.
+
+    Raises:
+        ValueError: z is no solution (||f(z) - z|| > 1e-3 ||f(z)||), or a wrong option.
     """
+    return _attach(f, z, solvers.get_solver(solver), _order("attach", order), None)
+
+
+def _order(who: str, order: int) -> int:
+    if isinstance(order, bool) or not isinstance(order, int) or order < 1:
+        raise ValueError(f"{who}: order={order!r}, expected an integer >= 1.")
+    return order
+
+
+def _attach(
+    f: "Map | AffineMap", z: Tensor, solver: FixedPointSolver, order: int, found: Solution | None
+) -> Tensor:
+    """`attach`, for what was `found` or, if that is None, for what is to be checked."""
     if constant():
         return z
-    solver = solvers.get_solver(solver)
-    if isinstance(f, AffineMap):
-        facts = (f.phi, f.contraction, f.monotone, f.acyclic)
-        equation = Equation(*facts, solver, solver, factors=f.factors, image=image)
-        return Attach.apply(f.A, f.v, z.detach(), equation)
     z = z.detach()
-    inverse = Inverse(as_rows(f, z), z, solver)
-    for _ in range(order):
+    if isinstance(f, AffineMap):
+        equation = Equation(f.phi, f.contraction, f.monotone, f.acyclic, solver, solver)
+        if found is not None:
+            equation = equation.solved(f, found)
+        elif not inside_transform():
+            with torch.no_grad():
+                _check_solution(f(z), z)
+        return Attach.apply(f.A, f.v, z, equation)
+    # One evaluation serves the derivatives in what f closes over and those in z.
+    leaf = z.detach().requires_grad_() if torch.is_grad_enabled() else z
+    fz = f(leaf)
+    if found is None:
+        _check_solution(fz, z)
+    else:
+        _check_repeated(fz, z, found, solver)
+    if leaf.requires_grad and not _reads_more(fz, leaf) and forward_ad._current_level < 0:
+        return z
+    failed = None if found is None or bool(found.converged.all()) else ~found.converged
+    graph = (leaf, fz) if leaf.requires_grad else None
+    inverse = Inverse(as_rows(f, z), z, solver, graph=graph, failed=failed)
+    z = z + Chord.apply(fz - z, inverse, order)
+    for _ in range(order - 1):
         z = z + Chord.apply(f(z) - z, inverse, order)
     return z
+
+
+def _check_solution(fz: Tensor, z: Tensor) -> None:
+    """Refuse what is far from being a solution."""
+    change, size = flat((fz - z).detach()).norm(dim=1), flat(fz.detach()).norm(dim=1)
+    wrong = ~(change <= 1e-3 * size + torch.finfo(z.dtype).tiny)
+    if bool(wrong.any()):
+        worst = float((change / size.clamp_min(torch.finfo(z.dtype).tiny)).max())
+        raise ValueError(
+            f"z: got ||f(z) - z|| = {worst:.2g} ||f(z)||, expected z = f(z) to 1e-3 in every "
+            "sample: the derivatives are those of a solution. Solve first, or use fixed_point."
+        )
+
+
+def _check_repeated(fz: Tensor, z: Tensor, found: Solution, solver: FixedPointSolver) -> None:
+    """Refuse an f that gives something else at the solution than it gave during the solve."""
+    change, size = flat((fz - z).detach()).norm(dim=1), flat(fz.detach()).norm(dim=1)
+    eps = torch.finfo(z.dtype).eps
+    unit = solver.atol * flat(z).shape[1] ** 0.5 + solver.tolerance(z.dtype) * size
+    wrong = found.converged & ~(change <= 10 * unit + 100 * eps * size)
+    if bool(wrong.any()):
+        bad = torch.nonzero(wrong).flatten()[:8].tolist()
+        raise ConvergenceError(
+            f"f(z) at the solution differs from what it was during the solve, for samples {bad}: "
+            "the rows of f depend on each other, or f is random or has a state (dropout or batch "
+            "statistics in training mode). Expected independent rows and a fixed f.",
+            found,
+        )
+
+
+def _reads_more(fz: Tensor, leaf: Tensor) -> bool:
+    """Whether the graph of fz ends in anything but that leaf."""
+    waiting, seen = [fz.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or node in seen:
+            continue
+        seen.add(node)
+        variable = getattr(node, "variable", leaf)
+        if variable is not leaf:
+            return True
+        waiting += [upstream for upstream, _ in node.next_functions]
+    return False
 
 
 class Adjoint(abc.ABC):
@@ -76,23 +149,24 @@ class Implicit(Adjoint):
     """
 
     order: int = 1
-    solver: FixedPointSolver | None = None
+    solver: Any = None  # FixedPointSolver | str | None; a FixedPointSolver or None once made
 
     def __post_init__(self) -> None:
-        if not (isinstance(self.order, int) and self.order >= 1):
-            raise ValueError(f"Implicit: order={self.order!r}, expected an integer >= 1.")
+        _order("Implicit", self.order)
+        if self.solver is not None:
+            object.__setattr__(self, "solver", solvers.get_solver(self.solver))
 
     def attach(self, f: "Map | AffineMap", z: Tensor, solver: FixedPointSolver) -> Tensor:
         """Exact derivatives."""
-        return attach(f, z, solver=self.solver or solver, order=self.order)
+        return _attach(f, z, self.solver or solver, self.order, None)
 
     def run(
         self, f: "Map | AffineMap", z0: Tensor | None, solver: FixedPointSolver, **kwargs: Any
     ) -> Solution:
-        """Solve, then attach with f(z) as the solver left it."""
+        """Solve, then attach with what the solve has found."""
         found = solver.solve(f, z0, **kwargs)
-        options: dict[str, Any] = {"solver": self.solver or solver, "order": self.order}
-        return replace(found, value=attach(f, found.value, image=found.image, **options))
+        value = _attach(f, found.value, self.solver or solver, self.order, found)
+        return replace(found, value=value)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,7 +213,7 @@ class Neumann(Adjoint):
         if not torch.is_grad_enabled():
             return z
         z = z.detach()
-        return z + Chord.apply(f(z) - z, Series(as_rows(f, z), z, self.terms), 1)
+        return z + Chord.apply(f(z) - z, Inverse(as_rows(f, z), z, solver, terms=self.terms), 1)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -161,13 +235,19 @@ class Unrolled(Adjoint):
     ) -> Solution:
         """Iterate with a graph; the residual is measured at the end."""
         z = f.start().detach() if z0 is None else z0
+        frames = [z.detach()]
         for _ in range(self.steps):
             z = f(z)
+            if kwargs.get("record"):
+                frames.append(z.detach())
         check = solvers.Picard(rtol=solver.rtol, atol=solver.atol, max_steps=1)
         with torch.no_grad():
             measured = check.solve(f, z)
         steps = torch.full_like(measured.steps, self.steps)
-        return replace(measured, value=z, steps=steps, stats={"solver": "Unrolled"})
+        stats: dict[str, Any] = {"solver": "Unrolled", "evaluations": self.steps + 1}
+        if kwargs.get("record"):
+            stats["trajectory"] = torch.stack(frames)
+        return replace(measured, value=z, steps=steps, stats=stats)
 
     def attach(self, f: "Map | AffineMap", z: Tensor, solver: FixedPointSolver) -> Tensor:
         """Unroll from the solution."""

@@ -12,6 +12,7 @@ Reference: El Ghaoui et al. (2021), section 5.
 import functools
 import inspect
 import json
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -20,9 +21,10 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import activations, solvers
-from ..maps import AffineMap, Factors, Scaled
+from ..maps import AffineMap, Factors, Scaled, inside_transform
+from ..solution import Solution, Status
 from ..solvers import Auto, FixedPointSolver
-from .closures import checked, row_scale
+from .closures import checked, row_scale, spared
 
 
 @dataclass(frozen=True)
@@ -36,6 +38,7 @@ class Equation:
         spec: all of this as JSON, which is how compiled and exported graphs carry it.
         factors: what the solve found out about A, for the adjoint to use.
         image: f(x) at the solution x, from the solve.
+        failed: which samples were not solved, or None: no gradient may flow into them.
     """
 
     phi: activations.Activation
@@ -44,9 +47,10 @@ class Equation:
     acyclic: bool = False
     solver: FixedPointSolver = field(default_factory=Auto)
     adjoint_solver: FixedPointSolver = field(default_factory=Auto)
-    spec: str = ""
+    spec: str = field(default="", compare=False)
     factors: Factors | None = field(default=None, compare=False, repr=False)
     image: Tensor | None = field(default=None, compare=False, repr=False)
+    failed: Tensor | None = field(default=None, compare=False, repr=False)
 
     def map(self, A: Tensor, v: Tensor, phi: activations.Activation | None = None) -> AffineMap:
         """f at these tensors."""
@@ -54,15 +58,16 @@ class Equation:
         phi = self.phi if phi is None else phi
         return AffineMap(A, v, phi, self.contraction, self.monotone, self.acyclic, factors)
 
-    def solved(self, f: AffineMap, image: Tensor | None) -> "Equation":
+    def solved(self, f: AffineMap, solution: Solution) -> "Equation":
         """The same, with what the solve of f has found."""
-        return replace(self, factors=f.factors, image=image)
+        failed = None if solution.status is Status.CONVERGED else ~solution.converged
+        return replace(self, factors=f.factors, image=solution.image, failed=failed)
 
     @functools.cached_property
     def mT(self) -> "Equation":
         """The same for A^T."""
         factors = None if self.factors is None else self.factors.mT
-        return replace(self, factors=factors, image=None)
+        return replace(self, factors=factors, image=None, failed=None)
 
     def derivative(self, A: Tensor, v: Tensor, x: Tensor) -> Tensor:
         """phi' at the solution x, as a function of all three where a graph is recorded."""
@@ -89,7 +94,10 @@ class Equation:
             "solver": self.solver.to_config(),
             "adjoint_solver": self.adjoint_solver.to_config(),
         }
-        return replace(self, spec=json.dumps(facts))
+        spec = json.dumps(facts)
+        if _equation(spec) != self:
+            raise TypeError(f"{self.phi} is not what its configuration describes")
+        return replace(self, spec=spec)
 
 
 @functools.lru_cache(maxsize=256)
@@ -100,6 +108,12 @@ def _equation(spec: str) -> Equation:
     for key in ("solver", "adjoint_solver"):
         facts[key] = solvers.from_config(facts[key])
     return Equation(**facts)
+
+
+_NO_TRANSFORMS = (
+    "An implicit solve cannot be compiled inside torch.func transforms or forward mode. Compile the "
+    "layer and apply the transform to it without torch.compile, or leave out fullgraph=True."
+)
 
 
 def equilibrium(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
@@ -117,24 +131,28 @@ def equilibrium(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
         ConvergenceError: a sample did not converge, forward or in a derivative.
     """
     if torch.compiler.is_compiling():
+        # An operator has no rule for forward mode, and torch drops its tangents without a word.
+        if inside_transform() or forward_ad._current_level >= 0:
+            raise RuntimeError(_NO_TRANSFORMS)
+        if not equation.spec:
+            raise RuntimeError(
+                f"torch.compile and torch.export carry an equation as JSON, which {equation.phi} or "
+                "a solver cannot be written as: make it a registered dataclass of plain numbers."
+            )
         return torch.ops.implicitdl.equilibrium(A, v, equation.spec)
-    if torch._C._are_functorch_transforms_active():
+    if inside_transform():
         x = _Solve.apply(A.detach(), v.detach(), equation)
         return Attach.apply(A, v, x, equation)
     f = equation.map(A.detach(), v.detach())
     solution = equation.solver.solve(f).check()
     if constant():
         return solution.value
-    return Attach.apply(A, v, solution.value, equation.solved(f, solution.image))
+    return Attach.apply(A, v, solution.value, equation.solved(f, solution))
 
 
 def constant() -> bool:
     """Whether no kind of derivative can be asked of what is computed now."""
-    return not (
-        torch.is_grad_enabled()
-        or forward_ad._current_level >= 0
-        or torch._C._are_functorch_transforms_active()
-    )
+    return not (torch.is_grad_enabled() or forward_ad._current_level >= 0 or inside_transform())
 
 
 def _outer(s: Tensor, x: Tensor, A: Tensor) -> Tensor:
@@ -168,6 +186,20 @@ def _refuse_nested_forward_mode() -> None:
             "Forward mode inside forward mode cannot be had through an implicit solve. For second "
             "derivatives use torch.func.hessian, which is jacfwd(jacrev(...)), or reverse mode."
         )
+
+
+def in_full_precision(rule: Callable[..., Any]) -> Callable[..., Any]:
+    """The rule of an autograd.Function, outside autocast whatever the backward pass runs under."""
+
+    @functools.wraps(rule)
+    def wrapped(ctx: Any, *args: Any) -> Any:
+        device = ctx.saved_tensors[0].device.type
+        if not torch.is_autocast_enabled(device):
+            return rule(ctx, *args)
+        with torch.autocast(device, enabled=False):
+            return rule(ctx, *args)
+
+    return wrapped
 
 
 class _Solve(torch.autograd.Function):
@@ -210,17 +242,23 @@ class Attach(torch.autograd.Function):
         ctx.save_for_forward(A, v, output)
 
     @staticmethod
+    @in_full_precision
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         A, v, x = ctx.saved_tensors
         d = ctx.equation.derivative(A, v, x)
+        if (failed := ctx.equation.failed) is not None:
+            d, x = spared(failed, g, d), spared(failed, g, x)
         s = _Linear.apply(A.mT, d, g, ctx.equation.mT)
         return _outer(s, x, A) if ctx.needs_input_grad[0] else None, s, None, None
 
     @staticmethod
+    @in_full_precision
     def jvp(ctx: Any, dA: Any, dv: Any, *_: Any) -> Tensor:  # type: ignore[override]
         A, v, x = ctx.saved_tensors
         _refuse_nested_forward_mode()
         d = ctx.equation.derivative(A, v, x)
+        if (failed := ctx.equation.failed) is not None:
+            d, x = d.masked_fill(failed[:, None], 0.0), x.masked_fill(failed[:, None], 0.0)
         c = torch.zeros_like(x) if dv is None else dv
         if dA is not None:
             c = AffineMap(dA, c, ctx.equation.phi).affine(x)
@@ -246,6 +284,7 @@ class _Linear(torch.autograd.Function):
         ctx.save_for_forward(M, d, c, output)
 
     @staticmethod
+    @in_full_precision
     def backward(ctx: Any, h: Tensor) -> Any:  # type: ignore[override]
         M, d, c, y = ctx.saved_tensors
         phi = ctx.equation.phi
@@ -261,6 +300,7 @@ class _Linear(torch.autograd.Function):
         return _outer(t, y, M) if ctx.needs_input_grad[0] else None, d_bar, t, None
 
     @staticmethod
+    @in_full_precision
     def jvp(ctx: Any, dM: Any, dd: Any, dc: Any, *_: Any) -> Tensor:  # type: ignore[override]
         M, d, c, y = ctx.saved_tensors
         _refuse_nested_forward_mode()

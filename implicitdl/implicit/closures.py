@@ -12,9 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..maps import AffineMap, LinearRows, RowMap
+from ..maps import AffineMap, LinearRows, RowMap, inside_transform
 from ..solution import ConvergenceError, Solution
-from ..solvers import Auto, FixedPointSolver
+from ..solvers import FixedPointSolver
 
 Map = Callable[[Tensor], Tensor]
 
@@ -24,50 +24,98 @@ def as_rows(f: "Map | AffineMap", z: Tensor) -> "RowMap | AffineMap":
     return f if isinstance(f, AffineMap) else RowMap.of(f, z.shape)
 
 
+def refuse_transforms(who: str) -> None:
+    """Raise where values cannot be looked at."""
+    if inside_transform():
+        raise RuntimeError(
+            f"{who} was called inside a torch.func transform (vmap, grad, jacrev, ...): the solve "
+            "looks at values, which a transform hides. Batch along dim 0 and use torch.autograd "
+            "(torch.autograd.functional.jacobian for Jacobians), or call an ImplicitLayer or a "
+            "MonotoneLayer, which torch.func can see into."
+        )
+
+
 def flat(z: Tensor) -> Tensor:
     """One row a sample, for an empty batch too."""
     return z.reshape(z.shape[0], math.prod(z.shape[1:]))
 
 
 class Inverse:
-    """M = (I - J)^-1 at a constant z, applied by solving."""
+    """M = (I - J)^-1 at a constant z, applied by solving or, with `terms`, I + J + ... + J^terms.
 
-    def __init__(self, f: "RowMap | AffineMap", z: Tensor, solver: FixedPointSolver):
-        self.shape, self.solver, self.contraction = z.shape, solver, f.contraction
-        self.f, self.z = f, flat(z)
+    Args:
+        f: the map.
+        z: where.  # (batch, *)
+        solver: of the linear equations.
+        terms: where to cut off the series; None solves.
+        graph: a leaf z and f there, recorded: J is that of the f that was evaluated, whatever
+            happens to what it closes over.
+        failed: samples that have no solution, and so no derivative.  # (batch,)
+    """
+
+    def __init__(
+        self,
+        f: "RowMap | AffineMap",
+        z: Tensor,
+        solver: FixedPointSolver,
+        *,
+        terms: int | None = None,
+        graph: tuple[Tensor, Tensor] | None = None,
+        failed: Tensor | None = None,
+    ):
+        self.solver, self.contraction, self.terms = solver, f.contraction, terms
+        self.f, self.z, self.graph, self.failed = f, flat(z), graph, failed
 
     @functools.cached_property
     def jacobian(self) -> Any:
         """Linearised when it is first needed: a forward pass alone does not pay for it."""
+        if self.graph is not None and isinstance(self.f, RowMap):
+            return self.f.linearize(self.z, self.graph)
         return self.f.linearize(self.z)
 
     def apply(self, b: Tensor, transposed: bool) -> Tensor:
         """u = J u + b, or u = J^T u + b."""
+        device = b.device.type
+        if torch.is_autocast_enabled(device):
+            with torch.autocast(device, enabled=False):
+                return self.apply(b, transposed)
         J, rows = self.jacobian, flat(b)
-        ops = (J.vjp, J.jvp) if transposed else (J.jvp, J.vjp)
+        op, back = (J.vjp, J.jvp) if transposed else (J.jvp, J.vjp)
+        if self.failed is not None:
+            rows = spared(self.failed, rows, rows)
+            failed = self.failed[:, None]
+            op, back = (functools.partial(_masked, each, failed) for each in (op, back))
+        if self.terms is not None:
+            u = rows
+            for _ in range(self.terms):  # Horner's rule
+                u = op(u) + rows
+            return u.view(b.shape)
         # Each row is solved for its direction and scaled back: tolerances are then relative to it,
         # and a loss scaled by 1e-8 has gradients exactly 1e-8 times as large.
         scale = row_scale(rows)
         rows = rows / scale
-        solution = self.solver.solve(LinearRows(*ops, rows, self.contraction), rows)
+        solution = self.solver.solve(LinearRows(op, back, rows, self.contraction), rows)
         return (checked(solution).value * scale).view(b.shape)
 
 
-class Series(Inverse):
-    """M = I + J + ... + J^terms."""
+def _masked(op: Map, failed: Tensor, w: Tensor) -> Tensor:
+    return op(w).masked_fill(failed, 0.0)
 
-    def __init__(self, f: "RowMap | AffineMap", z: Tensor, terms: int):
-        super().__init__(f, z, Auto())
-        self.terms = terms
 
-    def apply(self, b: Tensor, transposed: bool) -> Tensor:
-        """The sum, by Horner's rule."""
-        rows = flat(b)
-        product = self.jacobian.vjp if transposed else self.jacobian.jvp
-        u = rows
-        for _ in range(self.terms):
-            u = product(u) + rows
-        return u.view(b.shape)
+def spared(failed: Tensor, g: Tensor, t: Tensor) -> Tensor:
+    """t with zeros for samples that were not solved, whose values mean nothing.
+
+    Raises:
+        ConvergenceError: such a sample has a cotangent g.
+    """
+    touched = failed & (g != 0).any(dim=-1)  # NaN counts
+    if bool(touched.any()):
+        bad = torch.nonzero(touched).flatten()[:8].tolist()
+        raise ConvergenceError(
+            f"A gradient flows into samples {bad}, which the solve did not solve. Leave them out "
+            "of the loss: `solution.value[solution.converged]`."
+        )
+    return t.masked_fill(failed[:, None], 0.0)
 
 
 def row_scale(rows: Tensor) -> Tensor:
@@ -102,6 +150,7 @@ class Chord(torch.autograd.Function):
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         r, ctx.inverse, ctx.order = inputs
         ctx.save_for_backward(r)
+        ctx.save_for_forward(r)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
@@ -110,7 +159,9 @@ class Chord(torch.autograd.Function):
 
     @staticmethod
     def jvp(ctx: Any, r: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
-        return _LinearSolve.apply(r, ctx.inverse, False)
+        return _Limit.apply(
+            _LinearSolve.apply(r, ctx.inverse, False), ctx.saved_tensors[0], ctx.order - 1
+        )
 
 
 class _LinearSolve(torch.autograd.Function):
@@ -137,16 +188,30 @@ class _Limit(torch.autograd.Function):
     """The identity, `left` times differentiable. `r` keeps it on the path to the parameters."""
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, r: Tensor, left: int) -> Tensor:  # type: ignore[override]
-        ctx.left = left
-        ctx.save_for_backward(r)
+    def forward(u: Tensor, r: Tensor, left: int) -> Tensor:
         return u.view_as(u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
+        _, r, ctx.left = inputs
+        ctx.save_for_backward(r)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         if ctx.left == 0:
-            raise RuntimeError(
-                "An implicit solve was differentiated more often than it was attached for. Raise "
-                "the order: `adjoint=Implicit(order=2)` makes second derivatives exact."
-            )
+            raise RuntimeError(_ONCE_TOO_OFTEN)
         return _Limit.apply(g, ctx.saved_tensors[0], ctx.left - 1), None, None
+
+    @staticmethod
+    def jvp(ctx: Any, *_: Any) -> Any:  # type: ignore[override]
+        raise RuntimeError(
+            "Forward mode over a derivative of an implicit solve through a closure cannot be had. "
+            "Take the second derivative in reverse mode, with `adjoint=Implicit(order=2)`, or write "
+            "the map as an AffineMap (ImplicitLayer, MonotoneLayer)."
+        )
+
+
+_ONCE_TOO_OFTEN = (
+    "An implicit solve was differentiated more often than it was attached for. Raise the order: "
+    "`adjoint=Implicit(order=2)` makes second derivatives exact."
+)

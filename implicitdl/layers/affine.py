@@ -1,5 +1,6 @@
 """Layers of the form x = phi(A x + B u + b), y = C x + D u + d."""
 
+import abc
 import contextlib
 import math
 from typing import Any
@@ -11,13 +12,14 @@ from torch.nn import functional
 from .. import wellposed
 from ..activations import Activation, get_activation
 from ..implicit import Adjoint, Equation, Implicit, equilibrium, fixed_point, get_adjoint
+from ..maps import inside_transform
 from ..model import ImplicitModel, check_input, solve_state
 from ..solution import Solution
 from ..solvers import FixedPointSolver, get_solver
 from ..wellposed import WellPosedSet, get_well_posed
 
 
-class _AffineLayer(nn.Module):
+class _AffineLayer(nn.Module, abc.ABC):
     """What layers of the form x = phi(A x + B u + b), y = C x + D u + d share.
 
     A subclass keeps its own parameters for A and offers the property `A`.
@@ -51,9 +53,7 @@ class _AffineLayer(nn.Module):
             if isinstance(size, bool) or not isinstance(size, int) or size < 1:
                 raise ValueError(f"{name}: got {size!r}, expected an integer >= 1.")
             setattr(self, name, size)
-        self.activation = get_activation(activation)
-        self.adjoint = get_adjoint(adjoint)
-        self.solver = get_solver(solver)
+        self._options = get_activation(activation), get_solver(solver), get_adjoint(adjoint)
         n, p, q = state_features, in_features, out_features
         kind: dict[str, Any] = {"dtype": dtype, "device": device}
         self.B = nn.Parameter(torch.empty(n, p, **kind))
@@ -63,19 +63,53 @@ class _AffineLayer(nn.Module):
         self.d = nn.Parameter(torch.empty(q, **kind)) if bias else None
 
     @property
+    @abc.abstractmethod
     def A(self) -> Tensor:
-        """The weight that the layer computes with."""
-        raise NotImplementedError
+        """The weight that the layer computes with.  # (n, n)"""
+
+    @property
+    def activation(self) -> Activation:
+        """phi. Fixed, since the set that A is kept in was chosen for it."""
+        return self._options[0]
+
+    @property
+    def solver(self) -> FixedPointSolver:
+        """How the equation is solved; may be assigned, as a name or a solver."""
+        return self._options[1]
+
+    @solver.setter
+    def solver(self, solver: "str | FixedPointSolver") -> None:
+        self._set(get_solver(solver), self.adjoint)
+
+    @property
+    def adjoint(self) -> Adjoint:
+        """How gradients are computed; may be assigned, as a name or an `Adjoint`."""
+        return self._options[2]
+
+    @adjoint.setter
+    def adjoint(self, adjoint: "str | Adjoint") -> None:
+        self._set(self.solver, get_adjoint(adjoint))
 
     def _prepare(self, **facts: Any) -> None:
         """Freeze what does not change from call to call: activation, facts, solvers."""
-        own = self.adjoint.solver if isinstance(self.adjoint, Implicit) else None
+        blocks = getattr(self.activation, "parts", None)
+        if blocks is not None and sum(size for _, size in blocks) != self.state_features:
+            raise ValueError(
+                f"activation: got Blocks for {sum(size for _, size in blocks)} states, expected "
+                f"{self.state_features} (state_features)."
+            )
+        self._facts = facts
+        self._set(self.solver, self.adjoint)
+
+    def _set(self, solver: FixedPointSolver, adjoint: Adjoint) -> None:
+        own = adjoint.solver if isinstance(adjoint, Implicit) else None
         equation = Equation(
-            self.activation, **facts, solver=self.solver, adjoint_solver=own or self.solver
+            self.activation, **self._facts, solver=solver, adjoint_solver=own or solver
         )
         # An activation of the user's may have fields that JSON cannot hold: it is not compiled.
-        with contextlib.suppress(TypeError):
+        with contextlib.suppress(TypeError, ValueError):
             equation = equation.with_spec()
+        self._options = self.activation, solver, adjoint
         self.equation = equation
 
     def reset_parameters(self) -> None:
@@ -126,6 +160,11 @@ class _AffineLayer(nn.Module):
             rows = v.reshape(-1, v.shape[-1])
             if isinstance(self.adjoint, Implicit):
                 x = equilibrium(A, rows, self.equation)
+            elif torch.compiler.is_compiling():
+                raise RuntimeError(
+                    f"A layer with adjoint={self.adjoint} cannot be compiled into one graph or "
+                    "exported: only adjoint='implicit' is an operator. Leave out fullgraph=True."
+                )
             else:
                 x = fixed_point(
                     self.equation.map(A, rows), solver=self.solver, adjoint=self.adjoint
@@ -164,11 +203,23 @@ class _AffineLayer(nn.Module):
             Solution whose `value` is the state, differentiable, and whose `error_bound` bounds its
             distance to the exact equilibrium in the norm of `certificate(refute=False)`.
         """
+        if torch.compiler.is_compiling():
+            raise RuntimeError(
+                "layer.solve looks at values and cannot be compiled into one graph; call the layer "
+                "itself, or leave out fullgraph=True."
+            )
         u = self._accept(u)
         with torch.autocast(u.device.type, enabled=False):
+            sick = None
+            if on_failure != "raise" and not bool(torch.isfinite(u).all()):
+                # Zeros in their place: 0 * NaN would spoil the gradient of B for all samples.
+                sick = ~torch.isfinite(u).all(dim=-1, keepdim=True)
+                u = u.masked_fill(sick, 0.0)
             A, v = self._equation_at(u, None)
+            if sick is not None:
+                v = v.masked_fill(sick, torch.nan)
             bound = None
-            if not torch._C._are_functorch_transforms_active():
+            if not inside_transform():
                 proof = wellposed.certificate(A.detach(), self.activation, refute=False)
                 bound = proof.error_bound if proof.constant is not None else None
             return solve_state(
@@ -192,13 +243,17 @@ class _AffineLayer(nn.Module):
         )
 
     def load_state_dict(self, state_dict: Any, strict: bool = True, assign: bool = False) -> Any:
-        """As in nn.Module, but with `strict` a missing key is refused before anything is loaded."""
-        missing = [name for name, _ in self.named_parameters() if name not in state_dict]
-        if strict and missing:
+        """As in nn.Module, but with `strict` a state with keys missing or too many is refused
+        before anything is loaded."""
+        own = self.state_dict().keys()
+        missing = [name for name in own if name not in state_dict]
+        beyond = [name for name in state_dict if name not in own]
+        if strict and (missing or beyond):
+            parts = [f"Missing key(s) in state_dict: {', '.join(missing)}."] if missing else []
+            parts += [f"Unexpected key(s): {', '.join(beyond)}."] if beyond else []
             raise RuntimeError(
-                f"{type(self).__name__}: Missing key(s) in state_dict: {', '.join(missing)}; it holds "
-                f"{', '.join(map(str, state_dict))}. Nothing was loaded; pass strict=False to load "
-                "the rest."
+                f"{type(self).__name__}: {' '.join(parts)} Expected {', '.join(own)}. Nothing was "
+                "loaded; pass strict=False to load the rest."
             )
         return super().load_state_dict(state_dict, strict=strict, assign=assign)
 
@@ -207,11 +262,11 @@ class _AffineLayer(nn.Module):
         missing_keys: list[str], unexpected_keys: list[str], error_msgs: list[str],
     ) -> None:  # fmt: skip
         """As in nn.Module, but all or nothing: a shape that differs leaves the layer as it was."""
-        own = {prefix + name: p for name, p in self._parameters.items() if p is not None}
+        own = {prefix + name: t for name, t in self.state_dict().items()}
         wrong = [
-            f"{key}: got shape {tuple(state_dict[key].shape)}, expected {tuple(p.shape)}"
-            for key, p in own.items()
-            if key in state_dict and state_dict[key].shape != p.shape
+            f"{key}: got shape {tuple(state_dict[key].shape)}, expected {tuple(t.shape)}"
+            for key, t in own.items()
+            if key in state_dict and state_dict[key].shape != t.shape
         ]
         if wrong:
             error_msgs.extend(wrong)

@@ -5,7 +5,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from ..implicit import Adjoint, fixed_point, get_adjoint
+from ..implicit import Adjoint, fixed_point, get_adjoint, refuse_transforms
 from ..solution import Solution
 from ..solvers import FixedPointSolver, get_solver
 
@@ -27,10 +27,15 @@ class EquilibriumLayer(nn.Module):
     converge raises. `torch.func` transforms, `torch.compile(fullgraph=True)` and `torch.export`
     cannot see through a closure and are refused with the reason.
 
+    The parameters of f are those of the layer only where f is an `nn.Module`: those that a function
+    closes over get gradients, but no optimiser, `.to()` or `state_dict` of the layer sees them.
+
     Example:
         >>> import torch, implicitdl
-        >>> cell = torch.nn.Linear(8, 8)
-        >>> layer = implicitdl.EquilibriumLayer(lambda z, u: torch.tanh(cell(z) / 2 + u), 8)
+        >>> class Cell(torch.nn.Linear):
+        ...     def forward(self, z, u):
+        ...         return torch.tanh(super().forward(z) / 2 + u)
+        >>> layer = implicitdl.EquilibriumLayer(Cell(8, 8), 8)
         >>> layer(torch.randn(3, 8)).shape
         torch.Size([3, 8])
 
@@ -68,6 +73,7 @@ class EquilibriumLayer(nn.Module):
 
         Raises:
             ConvergenceError: a sample did not converge.
+            ValueError: u or z0 has another shape or dtype than f takes.
         """
         return self.solve(u, z0).value
 
@@ -85,36 +91,59 @@ class EquilibriumLayer(nn.Module):
                 "EquilibriumLayer cannot be compiled into one graph or exported: its loop looks at "
                 "values of an arbitrary f. Compile f itself, or use ImplicitLayer or MonotoneLayer."
             )
-        if not isinstance(u, Tensor) or u.dim() == 0:
+        refuse_transforms("EquilibriumLayer")
+        least = 2 if isinstance(u, Tensor) and u.is_floating_point() else 1  # tokens are scalars
+        if not isinstance(u, Tensor) or u.dim() < least:
             got = tuple(u.shape) if isinstance(u, Tensor) else type(u).__name__
-            raise ValueError(f"u: got {got}, expected a tensor (batch, *).")
+            raise ValueError(
+                f"u: got {got}, expected a batch (batch, *): one sample is u[None], a batch of "
+                "scalars u[:, None]."
+            )
+        own = next((p.dtype for p in self.parameters() if p.is_floating_point()), None)
         with torch.autocast(u.device.type, enabled=False):
-            if u.is_floating_point():
-                u = u.to(torch.promote_types(u.dtype, torch.float32))
+            u = self._accept(u, own)
             if z0 is None:
-                parameter = next(iter(self.parameters()), None)
-                dtype = u.dtype if u.is_floating_point() else None
-                z0 = u.new_zeros(
-                    (u.shape[0], *self.state_shape),
-                    dtype=dtype or (parameter.dtype if parameter is not None else torch.float32),
-                )
+                dtype = u.dtype if u.is_floating_point() else own or torch.float32
+                z0 = u.new_zeros((u.shape[0], *self.state_shape), dtype=dtype)
             elif tuple(z0.shape) != (u.shape[0], *self.state_shape):
                 raise ValueError(
                     f"z0: got shape {tuple(z0.shape)}, expected {(u.shape[0], *self.state_shape)}."
                 )
-            sick = ~torch.isfinite(u).reshape(u.shape[0], -1).all(dim=1) if u.numel() else None
+            sick = None
+            if u.is_floating_point() and not bool(torch.isfinite(u).all()):
+                # An infinite input may have a finite image (tanh), and is no answer all the same;
+                # and f is shown a zero for it, so that no NaN gets into the gradients of others.
+                sick = ~torch.isfinite(u).flatten(1).all(dim=1)
+                u = u.masked_fill(sick.view(-1, *[1] * (u.dim() - 1)), 0.0)
 
             def f(z: Tensor) -> Tensor:
                 out = self.f(z, u)
-                # An infinite input may have a finite image (tanh), and is no answer all the same.
-                if sick is not None and bool(sick.any()):
-                    out = torch.where(sick.view(-1, *[1] * (out.dim() - 1)), torch.nan, out)
+                if sick is not None:
+                    out = out.masked_fill(sick.view(-1, *[1] * (out.dim() - 1)), torch.nan)
                 return out
 
             return fixed_point(
                 f, z0, solver=self.solver, adjoint=self.adjoint,
                 on_failure=on_failure, record=record, contraction=self.contraction,
             )  # fmt: skip
+
+    @staticmethod
+    def _accept(u: Tensor, own: torch.dtype | None) -> Tensor:
+        """u in the dtype of the solve, which is that of the module, at least float32."""
+        if own is not None and own != torch.promote_types(own, torch.float32):
+            raise ValueError(
+                f"f: its parameters are {own}, in which a fixed point cannot be found to any useful "
+                "accuracy; expected float32 or float64. Keep f in float32: under autocast the solve "
+                "runs in float32, too."
+            )
+        if not u.is_floating_point():
+            return u
+        u = u.to(torch.promote_types(u.dtype, torch.float32))
+        if own is not None and u.dtype != own:
+            raise ValueError(
+                f"u: got {u.dtype}, expected {own} as the parameters of f; convert with .to()."
+            )
+        return u
 
     def extra_repr(self) -> str:
         """The options, as in the constructor."""

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from ..maps import AffineMap, LinearRows, RowMap
+from ..maps import AffineMap, LinearRows, RowMap, inside_transform
 from ..solution import Solution, Status, unknown_name
 
 Map = AffineMap | RowMap | LinearRows
@@ -33,7 +33,8 @@ class FixedPointSolver(abc.ABC):
 
     Args:
         rtol: relative tolerance; None means 4e-6 in float32 and 1e-12 in float64.
-        atol: absolute tolerance, in the units of z.
+        atol: absolute tolerance, in the units of z. The default only ends the iterations of a
+            sample whose solution is zero.
         max_steps: evaluations of f at most.
 
     A subclass writes `init` (its state before the first step) and `step` (next iterate, f there,
@@ -42,7 +43,7 @@ class FixedPointSolver(abc.ABC):
     """
 
     rtol: float | None = None
-    atol: float = 1e-14
+    atol: float = 1e-30
     max_steps: int = 1000
 
     def __post_init__(self) -> None:
@@ -124,6 +125,12 @@ class FixedPointSolver(abc.ABC):
         Returns:
             Solution. Nothing is raised for a sample that fails: `.check()` does that.
         """
+        if inside_transform() and isinstance(f, AffineMap) and _hidden(f.v, f.A):
+            raise RuntimeError(
+                "A solve was called inside a torch.func transform (vmap, grad, jacrev, ...), which "
+                "hides the values that it looks at. Call the layer itself, with "
+                "adjoint='implicit', or `implicitdl.implicit.equilibrium`."
+            )
         with torch.no_grad(), forward_ad._set_fwd_grad_enabled(False):
             if z0 is None:
                 if not isinstance(f, AffineMap):
@@ -271,14 +278,12 @@ class _Progress:
     def scaled(self, z: Tensor, fz: Tensor) -> Tensor:
         """rms(f(z) - z) / (atol + rtol rms(f(z))): a tolerance means the same at every n."""
         change = torch.linalg.vector_norm(fz - z, dim=1)
-        size = torch.linalg.vector_norm(fz, dim=1)
-        return change.div_(size.mul_(self.rtol).add_(self.floor))
+        unit = torch.linalg.vector_norm(fz, dim=1).mul_(self.rtol).add_(self.floor)
+        return change.div_(unit).add_(unit, alpha=0)  # NaN where a square overflowed
 
     def look(self, z: Tensor, fz: Tensor, k: int, exact: Map | None, overwritten: bool) -> bool:
         """Record where every running sample stands; True when none is left."""
         residual = self.scaled(z, fz)
-        if self.poison is not None:
-            residual, self.poison = residual.add_(self.poison), None
         before, done = self.residual, self.done
         now = residual if done is None else torch.where(done, before, residual)
         low, high = _range(now if exact is None else residual)
@@ -289,7 +294,7 @@ class _Progress:
             now = residual if done is None else torch.where(done, before, residual)
             low, high = _range(now)
         # A NaN compares false.
-        if not (self.plain and high < torch.inf and k <= self.PATIENCE):
+        if not (self.plain and high < torch.inf and k <= self.PATIENCE and self.poison is None):
             return self._sort_out(residual, z, fz, k)
         if high >= 1 and overwritten:
             z, fz = z.clone(), fz.clone() if low < 1 else None
@@ -314,6 +319,17 @@ class _Progress:
             self.done = now < 1
             self.running = self.total - int(self.done.sum())
         return False
+
+    def _rescaled(self, residual: Tensor, z: Tensor, fz: Tensor) -> Tensor:
+        """The residual where squares overflow, which is no infinite value: only z and f(z)
+        themselves say that a sample is lost."""
+        unit = torch.maximum(z.abs().amax(dim=1), fz.abs().amax(dim=1))
+        change = torch.linalg.vector_norm((fz / unit[:, None] - z / unit[:, None]), dim=1)
+        size = torch.linalg.vector_norm(fz / unit[:, None], dim=1)
+        ratio = change / (size * self.rtol + self.floor / unit)
+        ratio = torch.where(change < torch.inf, ratio.clamp(max=torch.finfo(z.dtype).max), change)
+        overflow = ~torch.isfinite(residual) & (unit < torch.inf)
+        return torch.where(overflow, ratio, residual)
 
     def _catch_up(self) -> None:
         """Write down, one entry a sample, what the plain looks left out."""
@@ -343,9 +359,10 @@ class _Progress:
         first = self.residual is None
         if self.plain:
             self._catch_up()
-        # A huge ratio is no infinite value: only the change itself says that a sample is lost.
-        finite = torch.isfinite(torch.linalg.vector_norm(fz - z, dim=1)) & ~residual.isnan()
-        residual = torch.where(finite, residual.clamp(max=torch.finfo(z.dtype).max), residual)
+        if not bool(torch.isfinite(residual).all()):
+            residual = self._rescaled(residual, z, fz)
+        if self.poison is not None:
+            residual, self.poison = residual + self.poison, None
         rows = self.rows
         pick = (lambda t: t) if rows is None else (lambda t: t[rows])
         active, best, codes = pick(self.active), pick(self.residual), pick(self.codes)
@@ -412,6 +429,10 @@ class _Progress:
         return Solution(
             self.value, self.codes, self.residual, self.steps, image=self.image, stats=stats
         )
+
+
+def _hidden(*tensors: Tensor) -> bool:
+    return any(map(torch._C._functorch.is_batchedtensor, tensors))
 
 
 def _range(t: Tensor) -> tuple[float, float]:
