@@ -859,8 +859,8 @@ def test_no_gradient_enters_a_failed_sample_and_none_is_spoilt_by_one():
 def test_an_adjoint_takes_the_name_of_a_solver_and_an_unrolled_solve_can_be_recorded():
     assert Implicit(solver="newton").solver == Newton()
     A, v = tensors()
-    s = fixed_point(AffineMap(A, v, Tanh()), adjoint=Unrolled(steps=30), record=True)
-    assert s.stats["trajectory"].shape == (31, *v.shape) and s.stats["evaluations"] == 31
+    s = fixed_point(AffineMap(A, v, Tanh()), adjoint=Unrolled(steps=150), record=True)
+    assert s.stats["trajectory"].shape == (151, *v.shape) and s.stats["evaluations"] == 151
 
 
 def test_a_backward_pass_under_autocast_solves_in_full_precision():
