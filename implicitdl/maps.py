@@ -125,6 +125,8 @@ class Factors:
     def __init__(self, A: Tensor, partner: "Factors | None" = None):
         self.A, self._version = A, _version(A)
         self._partner = partner
+        self._first: Tensor | None = None
+        self._gain: float | None = None
         self._dominant: Dominant | None = None
         self._norm: float | None = None
         self._inverse: dict[float, Tensor] = {}
@@ -144,12 +146,23 @@ class Factors:
             self._partner = Factors(self.A.mT, self)
         return self._partner
 
+    def gain(self) -> float:
+        """||A p|| / ||p|| for a probe p with some of every direction: one product."""
+        if self._gain is None:
+            p = _probe(self.A.shape[0], self.A.dtype, self.A.device)
+            self._first = torch.mv(self.A, p)
+            sizes = torch.linalg.vector_norm(torch.stack([self._first, p]), dim=1).tolist()
+            self._gain = sizes[0] / sizes[1]
+        return self._gain
+
     def dominant(self) -> Dominant:
         """Three steps of the power method, a product with A^T, and one with what is left."""
         if self._dominant is None:
             A = self.A
             tiny = torch.finfo(A.dtype).tiny
-            first = torch.mv(A, _probe(A.shape[0], A.dtype, A.device))
+            first = self._first
+            if first is None:
+                first = torch.mv(A, _probe(A.shape[0], A.dtype, A.device))
             w = torch.mv(A, first)
             w = w / torch.linalg.vector_norm(w).clamp_min_(tiny)
             U = torch.mv(A, w)

@@ -4,6 +4,7 @@ import copy
 import io
 import itertools
 import pickle
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -18,10 +19,12 @@ from implicitdl import (
     ImplicitModel,
     ImplicitRNN,
     MonotoneLayer,
+    fixed_point,
 )
 from implicitdl.activations import (
     ELU,
     GELU,
+    Activation,
     Blocks,
     HardTanh,
     Identity,
@@ -910,3 +913,159 @@ def test_the_solver_is_told_what_the_set_guarantees_and_no_more(make):
         facts = layer.well_posed.facts(layer.activation)
     assert (told.contraction, told.acyclic) == (facts["contraction"], facts["acyclic"])
     assert told.monotone == facts["strongly_monotone"]
+
+
+# ---- what a fresh reader broke ------------------------------------------------------------------
+
+
+class Body(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.W, self.V = nn.Linear(4, 4), nn.Linear(P, 4)
+
+    def forward(self, z, u):
+        return torch.tanh(0.4 * self.W(z) + self.V(u))
+
+
+def test_a_solver_and_an_adjoint_may_be_assigned_and_then_hold_everywhere():
+    layer, u = ImplicitLayer(P, Q, N), randn(4, P)
+    layer.solver = Picard(max_steps=1)
+    with pytest.raises(ConvergenceError):
+        layer(u)
+    assert layer.solve(u, on_failure="return").stats["solver"] == "Picard"
+    layer.solver = "anderson"
+    assert layer.equation.adjoint_solver.name == "Anderson" and layer(u).shape == (4, Q)
+    layer.adjoint = OneStep()
+    (biased,) = torch.autograd.grad(layer(u).sum(), layer.B)
+    layer.adjoint = "implicit"
+    (exact,) = torch.autograd.grad(layer(u).sum(), layer.B)
+    assert not torch.allclose(biased, exact, rtol=1e-3)
+    with pytest.raises(AttributeError, match="activation"):
+        layer.activation = "tanh"
+    assert copy.deepcopy(layer).solver == layer.solver
+
+
+@pytest.mark.parametrize("kind", [ImplicitLayer, MonotoneLayer])
+def test_a_masked_out_sample_spoils_no_gradient(kind):
+    layer, u = kind(P, Q, N), randn(6, P)
+    u[2, 1] = torch.nan
+    solution = layer.solve(u, on_failure="return")
+    assert solution.converged.tolist() == [True, True, False, True, True, True]
+    loss = solution.value[solution.converged].square().sum()
+    grads = torch.autograd.grad(loss, list(layer.parameters()), allow_unused=True)
+    good = layer.solve(u[solution.converged]).value.square().sum()
+    expected = torch.autograd.grad(good, list(layer.parameters()), allow_unused=True)
+    for got, wanted in zip(grads, expected, strict=True):
+        assert (got is None) == (wanted is None)
+        assert got is None or torch.allclose(got, wanted, atol=1e-9)
+
+
+def test_a_masked_out_sample_of_an_equilibrium_spoils_no_gradient():
+    layer, u = EquilibriumLayer(Body(), 4), randn(6, P)
+    u[2, 1] = torch.nan
+    solution = layer.solve(u, on_failure="return")
+    assert solution.converged.tolist() == [True, True, False, True, True, True]
+    loss = solution.value[solution.converged].square().sum()
+    good = layer.solve(u[solution.converged]).value.square().sum()
+    for got, wanted in zip(
+        torch.autograd.grad(loss, list(layer.parameters())),
+        torch.autograd.grad(good, list(layer.parameters())),
+        strict=True,
+    ):
+        assert torch.allclose(got, wanted, atol=1e-9)
+
+
+def test_an_infinite_input_of_an_equilibrium_is_never_answered():
+    layer, u = EquilibriumLayer(Body(), 4), randn(3, P)
+    u[1] = torch.inf
+    with pytest.raises(ConvergenceError, match=r"index 1\)"):
+        layer(u)
+
+
+def test_an_equilibrium_layer_says_which_inputs_it_takes():
+    layer = EquilibriumLayer(Body(), 4)
+    assert len(list(layer.parameters())) == 4
+    with pytest.raises(ValueError, match=r"u: got \(3,\), expected a batch"):
+        layer(torch.zeros(P))
+    with pytest.raises(ValueError, match="u: got torch.float32, expected torch.float64"):
+        layer(torch.zeros(2, P, dtype=torch.float32))
+    with pytest.raises(ValueError, match="its parameters are torch.bfloat16"):
+        EquilibriumLayer(Body().to(torch.bfloat16), 4)(torch.zeros(2, P, dtype=torch.bfloat16))
+    for shape in (True, 2.0, (2, 1.5)):
+        with pytest.raises(ValueError, match="state_shape"):
+            EquilibriumLayer(Body(), shape)
+
+
+@pytest.mark.parametrize("scale", [1e-20, 1e-15, 1e15, 1e25])
+def test_a_layer_without_biases_is_homogeneous_at_every_size(scale, float32):
+    torch.manual_seed(0)
+    for layer in (ImplicitLayer(P, Q, N, bias=False), MonotoneLayer(P, Q, N, bias=False)):
+        u = torch.randn(5, P)
+        unit, scaled = layer(u), layer(scale * u)
+        assert torch.allclose(scaled / scale, unit, rtol=1e-3, atol=1e-4), layer
+
+
+@pytest.mark.parametrize("kind", [ImplicitLayer, MonotoneLayer])
+def test_a_state_that_does_not_fit_is_refused_before_anything_is_loaded(kind):
+    layer, other = kind(P, Q, N, bias=False), kind(P, Q, N)
+    before = {name: t.clone() for name, t in layer.state_dict().items()}
+    with pytest.raises(RuntimeError, match=r"Unexpected key\(s\): b, d"):
+        layer.load_state_dict(other.state_dict())
+    assert all(torch.equal(t, before[name]) for name, t in layer.state_dict().items())
+    weighted = ImplicitLayer(P, Q, N, well_posed=PerronFrobenius(0.9, torch.ones(N)))
+    state = {name: t + 1 for name, t in weighted.state_dict().items()}
+    before = {name: t.clone() for name, t in weighted.state_dict().items()}
+    del state["well_posed.weights"]
+    with pytest.raises(RuntimeError, match="well_posed.weights"):
+        weighted.load_state_dict(state)
+    state["well_posed.weights"] = torch.ones(N + 1)
+    with pytest.raises(RuntimeError, match="well_posed.weights"):
+        weighted.load_state_dict(state)
+    assert all(torch.equal(t, before[name]) for name, t in weighted.state_dict().items())
+
+
+def test_a_compiled_transform_raises_or_is_right(float32):
+    """An operator without a rule for forward mode drops its tangents, and torch says nothing."""
+    torch.manual_seed(0)
+    layer, u = ImplicitLayer(P, Q, N), torch.randn(4, P)
+
+    def tangent(x):
+        return torch.func.jvp(layer, (x,), (x,))[1]
+
+    expected = tangent(u)
+    with pytest.raises(Exception, match="cannot be compiled inside torch.func|Observed exception"):
+        torch.compile(tangent, fullgraph=True, backend="eager")(u)
+    torch._dynamo.reset()
+    assert bool(expected.isfinite().all())
+
+
+@dataclass(frozen=True, kw_only=True)
+class Held(Activation, register=False):
+    """tanh, as a function that no file can hold."""
+
+    function: object = torch.tanh
+    slope = (0.0, 1.0)
+
+    def __call__(self, z):
+        return self.function(z)
+
+
+def test_what_cannot_be_compiled_is_named(float32):
+    layer, u = ImplicitLayer(P, Q, N, activation=Held()), torch.randn(4, P)
+    assert layer(u).shape == (4, Q) and not layer.equation.spec
+    with pytest.raises(Exception, match="as JSON|Observed exception"):
+        torch.compile(layer, fullgraph=True, backend="eager")(u)
+    torch._dynamo.reset()
+
+
+def test_blocks_that_do_not_fit_are_refused_at_construction():
+    with pytest.raises(ValueError, match="activation: got Blocks for 4 states, expected 5"):
+        ImplicitLayer(P, Q, 5, activation=Blocks(parts=((ReLU(), 4),)))
+    with pytest.raises(ValueError, match="contraction: got 1.5"):
+        fixed_point(torch.cos, torch.ones(2, 1), contraction=1.5)
+    with pytest.raises(TypeError, match="z0: got list"):
+        fixed_point(torch.cos, [0.0])
+    with pytest.raises(TypeError, match="rtol='a', expected a number"):
+        Picard(rtol="a")
+    with pytest.raises(ValueError, match="max_steps=True"):
+        Picard(max_steps=True)

@@ -75,7 +75,7 @@ def fixed_point(
 
     Raises:
         ConvergenceError: a sample did not converge and `on_failure="raise"`.
-        ValueError: f changes shape, dtype or device, or z0 does not fit.
+        ValueError: f changes shape, dtype or device, or writes into z; z0 does not fit.
 
     Example:
         >>> import torch, implicitdl
@@ -86,6 +86,8 @@ def fixed_point(
         (1.4142, 0.3536)
     """
     check_on_failure(on_failure)
+    if contraction is not None and not 0 <= contraction < 1:
+        raise ValueError(f"contraction: got {contraction}, expected a number in [0, 1).")
     solver, adjoint = solvers.get_solver(solver), get_adjoint(adjoint)
     z0 = _start(f, z0)
     if contraction is not None and not isinstance(f, AffineMap):
@@ -106,6 +108,8 @@ def _start(f: "Map | AffineMap", z0: Tensor | None) -> Tensor | None:
     if z0 is None:
         raise ValueError("z0: got None, expected a tensor (batch, *): only an AffineMap has a "
                          "start of its own.")  # fmt: skip
+    if not isinstance(z0, Tensor):
+        raise TypeError(f"z0: got {type(z0).__name__}, expected a tensor (batch, *).")
     if z0.dim() < 1 or not z0.is_floating_point():
         raise ValueError(f"z0: got {_describe(z0)}, expected a real floating tensor (batch, *).")
     refuse_transforms("fixed_point with a closure")

@@ -341,7 +341,7 @@ class ImplicitLayer(_AffineLayer):
                 "acyclic": declared["acyclic"],
             }
         if low_rank is not None:
-            if not (isinstance(low_rank, int) and 1 <= low_rank < n):
+            if type(low_rank) is not int or not 1 <= low_rank < n:
                 raise ValueError(f"low_rank: got {low_rank!r}, expected an integer in 1..{n - 1}.")
             if not isinstance(
                 self.well_posed, wellposed.InfNormBall | wellposed.PerronFrobenius | None

@@ -58,8 +58,9 @@ class EquilibriumLayer(nn.Module):
         if contraction is not None and not 0 <= contraction < 1:
             raise ValueError(f"contraction: got {contraction}, expected a number in [0, 1).")
         self.f = f
-        self.state_shape = (state_shape,) if isinstance(state_shape, int) else tuple(state_shape)
-        if not all(isinstance(k, int) and k >= 1 for k in self.state_shape):
+        shape = tuple(state_shape) if isinstance(state_shape, Sequence) else (state_shape,)
+        self.state_shape = shape
+        if not all(type(k) is int and k >= 1 for k in shape):
             raise ValueError(f"state_shape: got {state_shape!r}, expected positive integers.")
         self.solver, self.adjoint = get_solver(solver), get_adjoint(adjoint)
         self.contraction = contraction

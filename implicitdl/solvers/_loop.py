@@ -47,11 +47,18 @@ class FixedPointSolver(abc.ABC):
     max_steps: int = 1000
 
     def __post_init__(self) -> None:
+        for name in ("rtol", "atol"):
+            value = getattr(self, name)
+            if not isinstance(value, int | float | None) or isinstance(value, bool):
+                raise TypeError(
+                    f"{type(self).__name__}: {name}={value!r}, expected a number, got "
+                    f"{type(value).__name__}."
+                )
         if self.rtol is not None and not 0 < self.rtol < 1:
             raise ValueError(f"{type(self).__name__}: rtol={self.rtol}, expected 0 < rtol < 1.")
         if not 0 <= self.atol < math.inf:
             raise ValueError(f"{type(self).__name__}: atol={self.atol}, expected atol >= 0.")
-        if not (isinstance(self.max_steps, int) and self.max_steps >= 1):
+        if type(self.max_steps) is not int or self.max_steps < 1:
             raise ValueError(
                 f"{type(self).__name__}: max_steps={self.max_steps!r}, expected an integer >= 1."
             )

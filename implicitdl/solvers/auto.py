@@ -32,7 +32,7 @@ class Auto(FixedPointSolver):
 
     The choice depends on A and on the size of the batch, not on the values in it. A solver that has
     used up its budget hands the unfinished samples, each from the better of its start and its last
-    iterate, to the next: Anderson, then Newton, until `max_steps`. `stats` say which solvers ran,
+    iterate, to the next: Anderson, then Newton, both once more, until `max_steps`. `stats` say which solvers ran,
     and the reason for the first.
     """
 
@@ -50,7 +50,8 @@ class Auto(FixedPointSolver):
     def choose(self, f: Map, samples: int, states: int) -> tuple[list[tuple[Any, float]], str]:
         """The solvers to try, each with the evaluations it may spend, and the reason."""
         make = self._make
-        rest = [(make(Anderson), 200), (make(Newton), math.inf)]
+        rest = [(make(Anderson), 120), (make(Newton), 60), (make(Anderson), 120)]
+        rest.append((make(Newton), math.inf))
         if f.acyclic:
             return [(make(Picard), states + 1), *rest], "A is strictly triangular"
         kappa, matrix = f.contraction, isinstance(f, AffineMap) and f.A.dim() == 2
@@ -63,12 +64,12 @@ class Auto(FixedPointSolver):
                 return [(best, 2 * steps + 6), *rest], reason
         limit = 128 if samples == 1 and f.monotone is None else 32
         if isinstance(f, AffineMap) and states <= limit and samples * states**3 <= self.SMALL:
-            return [(make(Newton), 40), *rest], "a small system: LU is cheapest"
+            return [(make(Newton), 60), *rest], "a small system: LU is cheapest"
         if f.monotone is not None:
             reason = f"strongly monotone, m = {f.monotone:.3g}"
             prox = f.phi.cheap_prox and f.phi.monotone and f.phi.nonexpansive
             if matrix and prox and states <= max(512, 32 * samples):
-                return [(make(PeacemanRachford), 200), *rest], f"{reason}; one inverse pays"
+                return [(make(PeacemanRachford), 100), *rest], f"{reason}; one inverse pays"
             return rest, reason
         if kappa is not None:
             return rest, f"a certified contraction of factor {kappa:.3g}"
@@ -79,15 +80,22 @@ class Auto(FixedPointSolver):
     ) -> tuple[FixedPointSolver | None, float, str]:
         """Picard or NewtonPicard, by the time that they should take, with the steps that they
         should need and the reason; None where both take long."""
-        found, slope = f.factors.dominant(), f.phi.lipschitz
-        plain, without = found.rate * slope, found.rest * slope
-        if f.contraction is not None:
-            plain = min(plain, f.contraction)
-        digits = math.log(self.tolerance(f.v.dtype))
+        slope, digits = f.phi.lipschitz, math.log(self.tolerance(f.v.dtype))
         entries = samples * states
 
         def steps(rate: float) -> float:
             return digits / math.log(min(max(rate, 1e-6), 0.999)) + 1
+
+        # A product with one vector reads all of A, as does one with a few: then one such product
+        # has to do, and Picard a small budget to prove it right.
+        if samples <= (128 if states > 1024 else 8) and steps(f.factors.gain() * slope) <= 8:
+            plain = f.factors.gain() * slope
+            reason = f"plain steps seem to contract by {plain:.2g}"
+            return self._make(Picard, rate=plain), 0.5 * steps(plain) - 1, reason
+        found = f.factors.dominant()
+        plain, without = found.rate * slope, found.rest * slope
+        if f.contraction is not None:
+            plain = min(plain, f.contraction)
 
         # A step's passes over the batch and calls of an operator, in multiply-adds.
         picard = steps(plain) * (entries * (states + 8) + (1 << 18))
