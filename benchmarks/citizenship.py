@@ -221,6 +221,18 @@ def check_autocast(adapter: Adapter) -> Outcome:
     return judge(relative(x, expected), 1e-4)
 
 
+@row("backward pass inside bf16 autocast")
+def check_autocast_backward(adapter: Adapter) -> Outcome:
+    model = adapter.build(dtype=torch.float32, tight=False)
+    u = inputs(adapter, 5, torch.float32)
+    parameters = list(model.parameters())
+    value = model(u).square().sum()
+    expected = torch.autograd.grad(value, parameters, retain_graph=True, allow_unused=True)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = torch.autograd.grad(value, parameters, allow_unused=True)
+    return judge(relative(flat(list(got), parameters), flat(list(expected), parameters)), 1e-2)
+
+
 @row("gradient of loss x 1e-8 is gradient x 1e-8")
 def check_scale(adapter: Adapter) -> Outcome:
     model = adapter.build(dtype=torch.float32, tight=False)

@@ -14,8 +14,9 @@ alone (`Factors`) is shared by the solve, its adjoint and its tangents.
 import functools
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple, Protocol
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -25,19 +26,6 @@ from .activations import Activation
 def inside_transform() -> bool:
     """Whether a torch.func transform is at work, which hides values."""
     return torch._C._are_functorch_transforms_active()
-
-
-class Linearization(Protocol):
-    """J = df/dz at one point, applied row by row, never formed unless `dense` is asked for."""
-
-    def jvp(self, w: Tensor) -> Tensor:
-        """J w for every row.  # (m, n) -> (m, n)"""
-
-    def vjp(self, w: Tensor) -> Tensor:
-        """J^T w for every row.  # (m, n) -> (m, n)"""
-
-    def dense(self) -> Tensor:
-        """J itself.  # (m, n, n)"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -208,9 +196,9 @@ class Factors:
 @functools.lru_cache(maxsize=64)
 def _probe(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
     """A vector with some of every direction, and most of the Perron vector of an A >= 0."""
+    uniform = np.random.default_rng(0).random(n)  # torch's would not be drawn under vmap
     with torch.inference_mode(False):
-        uniform = torch.rand(n, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        return ((0.5 + uniform) / n**0.5).to(device, dtype)
+        return torch.from_numpy((0.5 + uniform) / n**0.5).to(device, dtype)
 
 
 def _version(A: Tensor) -> int | None:
@@ -241,6 +229,13 @@ def monotone_inverse(M: Tensor) -> Tensor:
     return out
 
 
+def times(rows: Tensor, M: Tensor) -> Tensor:
+    """Each row times M, or times that of its group of consecutive rows.  # M (n, n) or (k, n, n)"""
+    if M.dim() == 2:
+        return rows @ M
+    return (rows.reshape(M.shape[0], -1, M.shape[-1]) @ M).view_as(rows)
+
+
 @dataclass(frozen=True, eq=False)
 class AffineMap:
     """f(z) = phi(z A^T + v), one sample a row: the implicit model with its input folded into v.
@@ -262,7 +257,7 @@ class AffineMap:
     contraction: float | None = None
     monotone: float | None = None
     acyclic: bool = False
-    factors: Factors | None = None
+    factors: Factors | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
         if self.A.dim() == 2 and (self.factors is None or not self.factors.of(self.A)):
@@ -274,8 +269,7 @@ class AffineMap:
         At = self._At  # type: ignore[attr-defined]
         if At.dim() == 2:
             return torch.addmm(self.v, z, At, out=out)
-        grouped = (At.shape[0], -1, At.shape[-1])
-        result = torch.baddbmm(self.v.view(grouped), z.view(grouped), At).view_as(z)
+        result = self.v + times(z, At)
         return result if out is None else out.copy_(result)
 
     def __call__(self, z: Tensor, out: Tensor | None = None) -> Tensor:
@@ -309,18 +303,13 @@ class LinearizedAffine:
     phi: Activation
     d: Tensor
 
-    def _times(self, w: Tensor, A: Tensor) -> Tensor:
-        if A.dim() == 2:
-            return w @ A
-        return (w.view(A.shape[0], -1, A.shape[-1]) @ A).view_as(w)
-
     def jvp(self, w: Tensor) -> Tensor:
         """P_d A w."""
-        return self.phi.product(self.d, self._times(w, self.A.mT))
+        return self.phi.product(self.d, times(w, self.A.mT))
 
     def vjp(self, w: Tensor) -> Tensor:
         """A^T P_d w."""
-        return self._times(self.phi.product(self.d, w), self.A)
+        return times(self.phi.product(self.d, w), self.A)
 
     def dense(self) -> Tensor:
         """P_d A, a matrix a sample.  # (m, n, n)"""

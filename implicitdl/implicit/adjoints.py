@@ -55,10 +55,8 @@ def _attach(
         return z
     z = z.detach()
     if isinstance(f, AffineMap):
-        equation = Equation(f.phi, f.contraction, f.monotone, f.acyclic, solver, solver)
-        if found is not None:
-            equation = equation.solved(f, found)
-        elif not inside_transform():
+        equation = Equation.of(f, solver, found)
+        if found is None and not inside_transform():
             with torch.no_grad():
                 _check_solution(f(z), z)
         return Attach.apply(f.A, f.v, z, equation)

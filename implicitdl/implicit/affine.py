@@ -10,7 +10,6 @@ Reference: El Ghaoui et al. (2021), section 5.
 """
 
 import functools
-import inspect
 import json
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
@@ -58,10 +57,16 @@ class Equation:
         phi = self.phi if phi is None else phi
         return AffineMap(A, v, phi, self.contraction, self.monotone, self.acyclic, factors)
 
-    def solved(self, f: AffineMap, solution: Solution) -> "Equation":
-        """The same, with what the solve of f has found."""
-        failed = None if solution.status is Status.CONVERGED else ~solution.converged
-        return replace(self, factors=f.factors, image=solution.image, failed=failed)
+    @classmethod
+    def of(
+        cls, f: AffineMap, solver: FixedPointSolver, found: "Solution | None" = None
+    ) -> "Equation":
+        """The equation that f stands for, with what a solve of it has found."""
+        facts = (f.phi, f.contraction, f.monotone, f.acyclic, solver, solver, "", f.factors)
+        if found is None:
+            return cls(*facts)
+        failed = None if found.status is Status.CONVERGED else ~found.converged
+        return cls(*facts, found.image, failed)
 
     @functools.cached_property
     def mT(self) -> "Equation":
@@ -147,7 +152,8 @@ def equilibrium(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
     solution = equation.solver.solve(f).check()
     if constant():
         return solution.value
-    return Attach.apply(A, v, solution.value, equation.solved(f, solution))
+    found = Equation.of(f, equation.adjoint_solver, solution)
+    return Attach.apply(A, v, solution.value, found)
 
 
 def constant() -> bool:
@@ -202,7 +208,18 @@ def in_full_precision(rule: Callable[..., Any]) -> Callable[..., Any]:
     return wrapped
 
 
-class _Solve(torch.autograd.Function):
+class _Rule(torch.autograd.Function):
+    """An autograd.Function whose call is cheap: torch binds arguments by `inspect.signature` on
+    every one, for defaults that there are none of here."""
+
+    @classmethod
+    def apply(cls, *args: Any) -> Any:
+        if inside_transform() or torch.compiler.is_compiling():
+            return super().apply(*args)
+        return super(torch.autograd.Function, cls).apply(*args)  # type: ignore[misc]
+
+
+class _Solve(_Rule):
     """The solve alone, for transforms: a constant, of which `Attach` makes a function."""
 
     @staticmethod
@@ -224,7 +241,7 @@ class _Solve(torch.autograd.Function):
         return x.view(size, -1, x.shape[-1]), 0
 
 
-class Attach(torch.autograd.Function):
+class Attach(_Rule):
     """x, with the derivatives of the solution of x = phi(A x + v).
 
     s = P_d (A^T s + x_bar),  A_bar = s x^T,  v_bar = s;   x' = P_d (A x' + A' x + v').
@@ -270,7 +287,7 @@ class Attach(torch.autograd.Function):
         return out.view(info.batch_size, -1, out.shape[-1]), 0
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(_Rule):
     """(M, d, c) -> y = P_d (M y + c), the linearised equation or, with M = A^T, its adjoint."""
 
     @staticmethod
@@ -325,12 +342,6 @@ class _Linear(torch.autograd.Function):
     def vmap(info: Any, dims: Any, M: Tensor, d: Tensor, c: Tensor, equation: Equation) -> Any:
         out = _Linear.apply(*_fold(info, dims, M, d, c), equation)
         return out.view(info.batch_size, -1, out.shape[-1]), 0
-
-
-# torch binds arguments by `inspect.signature` on every call: a signature that is there already is
-# taken as it is, which halves the cost of a call.
-for _function in (_Solve, Attach, _Linear):
-    _function.forward.__signature__ = inspect.signature(_function.forward)  # type: ignore[attr-defined]
 
 
 # Registered operators: one node in a compiled or exported graph.

@@ -119,9 +119,10 @@ def spared(failed: Tensor, g: Tensor, t: Tensor) -> Tensor:
 
 
 def row_scale(rows: Tensor) -> Tensor:
-    """The largest entry of each row, 1 for a row of zeros."""
-    scale = rows.abs().amax(dim=-1, keepdim=True) if rows.shape[-1] else rows.new_ones(1)
-    return torch.where(scale > 0, scale, 1.0)
+    """The largest entry of each row; the smallest normal number for a row of zeros."""
+    if not rows.shape[-1]:
+        return rows.new_ones(1)
+    return rows.abs().amax(dim=-1, keepdim=True).clamp_min_(torch.finfo(rows.dtype).tiny)
 
 
 def checked(solution: Solution) -> Solution:

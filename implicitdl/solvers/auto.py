@@ -50,8 +50,9 @@ class Auto(FixedPointSolver):
     def choose(self, f: Map, samples: int, states: int) -> tuple[list[tuple[Any, float]], str]:
         """The solvers to try, each with the evaluations it may spend, and the reason."""
         make = self._make
-        rest = [(make(Anderson), 120), (make(Newton), 60), (make(Anderson), 120)]
-        rest.append((make(Newton), math.inf))
+        anderson, newton = make(Anderson), make(Newton)
+        rest: list[tuple[Any, float]] = [(anderson, 120), (newton, 60), (anderson, 120)]
+        rest.append((newton, math.inf))
         if f.acyclic:
             return [(make(Picard), states + 1), *rest], "A is strictly triangular"
         kappa, matrix = f.contraction, isinstance(f, AffineMap) and f.A.dim() == 2
@@ -64,7 +65,7 @@ class Auto(FixedPointSolver):
                 return [(best, 2 * steps + 6), *rest], reason
         limit = 128 if samples == 1 and f.monotone is None else 32
         if isinstance(f, AffineMap) and states <= limit and samples * states**3 <= self.SMALL:
-            return [(make(Newton), 60), *rest], "a small system: LU is cheapest"
+            return [(newton, 60), *rest], "a small system: LU is cheapest"
         if f.monotone is not None:
             reason = f"strongly monotone, m = {f.monotone:.3g}"
             prox = f.phi.cheap_prox and f.phi.monotone and f.phi.nonexpansive

@@ -1,0 +1,90 @@
+"""Copies the tables of `results/` into README.md, between the marks that are there for them.
+
+    python benchmarks/readme.py [--check]
+
+With --check nothing is written; the exit status is 1 where README.md says something else.
+"""
+
+import argparse
+import re
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+RESULTS = Path(__file__).resolve().parent / "results"
+
+
+def tables(name: str) -> list[str]:
+    """The markdown tables of a result, in order."""
+    text = (RESULTS / f"{name}.md").read_text()
+    return re.findall(r"(?:^\|.*\n?)+", text, flags=re.MULTILINE)
+
+
+def machine(name: str) -> str:
+    """The line of a result that describes the machine."""
+    lines = (RESULTS / f"{name}.md").read_text().splitlines()
+    return next(line for line in lines[1:] if line and not line.startswith(("#", "|")))
+
+
+def citizenship() -> str:
+    """The whole table."""
+    return tables("citizenship")[0]
+
+
+def benchmark() -> str:
+    """The means and the lost cells; the cells themselves are in the results."""
+    text = (RESULTS / "implicit_layer.md").read_text()
+    counts = re.search(r"^\d+ of \d+ cells won.*$", text, flags=re.MULTILINE)
+    lost = re.findall(r"^- lost: .*$", text, flags=re.MULTILINE)
+    growth = tables("implicit_layer")[3:]
+    parts = [machine("implicit_layer"), tables("implicit_layer")[0], counts[0] if counts else ""]
+    if lost:
+        parts.append("\n".join(lost))
+    if growth:
+        parts.append("Time and peak memory, forward + backward, growing from n = 512, batch = 64, "
+                     "kappa = 0.9:")  # fmt: skip
+        parts += growth
+    return "\n\n".join(part.strip() for part in parts if part) + "\n"
+
+
+def mnist() -> str:
+    """The means."""
+    return f"{machine('mnist')}\n\n{tables('mnist')[1]}"
+
+
+SECTIONS = {"citizenship": citizenship, "benchmark": benchmark, "mnist": mnist}
+
+
+def filled(text: str) -> str:
+    """README.md with every section as the results have it."""
+    for name, section in SECTIONS.items():
+        mark, end = f"<!-- {name} -->", f"<!-- end {name} -->"
+        before, _, rest = text.partition(mark)
+        _, _, after = rest.partition(end)
+        if not after:
+            raise ValueError(f"README.md: expected the marks {mark} and {end}.")
+        text = f"{before}{mark}\n\n{section().strip()}\n\n{end}{after}"
+    return text
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Write README.md, or check it."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--check", action="store_true", help="write nothing")
+    options = parser.parse_args(argv)
+    path = ROOT / "README.md"
+    old = path.read_text()
+    new = filled(old)
+    if options.check:
+        if new != old:
+            print(
+                "README.md differs from the results; run python benchmarks/readme.py",
+                file=sys.stderr,
+            )
+        return int(new != old)
+    path.write_text(new)
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
