@@ -9,6 +9,7 @@ import torch
 from torch.nn.utils import parametrize
 
 from implicitdl.activations import (
+    ELU,
     GELU,
     Blocks,
     HardTanh,
@@ -503,8 +504,8 @@ def test_empty_and_refused_arguments():
         certificate(torch.tensor([[0.0, math.nan], [0.0, 0.0]]), ReLU())
     with pytest.raises(TypeError, match="floating"):
         certificate(torch.zeros(2, 2, dtype=torch.int64), ReLU())
-    with pytest.raises(TypeError, match="Activation"):
-        certificate(torch.zeros(2, 2), "relu")
+    with pytest.raises(TypeError, match="activation: got 3"):
+        certificate(torch.zeros(2, 2), 3)
     with pytest.raises(ValueError, match="states"):
         certificate(torch.zeros(2, 2), Blocks.of(ReLU(), 3))
 
@@ -522,3 +523,111 @@ def test_require_bool_and_error_bound_refusals():
     with pytest.raises(ValueError, match="2 states"):
         good.error_bound(torch.zeros(3))
     assert certificate(2 * torch.eye(2), ReLU(), refute=False).status == "unknown"
+
+
+# ---------------------------------------------------------------- what a fresh reader broke
+
+
+@pytest.mark.parametrize("W", [
+    torch.triu(rand(4, 4), 1),  # nilpotent: root 0, strictly inside
+    torch.tensor([[2.0, 1.0], [0.0, 2.0]]),  # two components with the largest root
+    torch.triu(torch.ones(3, 3)) * 2,
+    torch.zeros(3, 3),
+    torch.block_diag(2 * uniform(3, 3), torch.zeros(2, 2)),
+], ids=str)  # fmt: skip
+def test_perron_frobenius_has_a_finite_gradient_everywhere(W):
+    ball, W = PerronFrobenius(0.9), W.double().requires_grad_()
+    weights = rand(*W.shape, seed=7).double()
+    (got,) = torch.autograd.grad((weights * ball(W)).sum(), W)
+    assert bool(got.isfinite().all())
+    if float(ball.margin(W.detach())) > 0:
+        assert torch.equal(got, weights)  # the identity's
+    else:  # along W itself forward is constant
+        assert abs(float((got * W.detach()).sum())) < 1e-9
+
+
+SETS_OUTSIDE = [InfNormBall(0.5), PerronFrobenius(0.5), MatrixMeasure(0.2), Monotone(0.7),
+                PerronFrobenius(0.5, torch.tensor([1.0, 2.0, 0.5, 1.0])), StrictlyUpper()]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # gradcheck's own
+@pytest.mark.parametrize("s", SETS_OUTSIDE, ids=name)
+def test_forward_mode_and_hessians_go_through_every_set(s):
+    W, T, weights = (rand(4, 4, seed=k).double() + 0.1 for k in range(3))
+
+    def loss(W):
+        return (weights * s(W)).sin().sum()
+
+    assert torch.autograd.gradcheck(s, W.requires_grad_(), check_forward_ad=True)
+    W = W.detach()
+    tangent = torch.func.jvp(loss, (W,), (T,))[1]
+    assert torch.allclose(tangent, (torch.func.grad(loss)(W) * T).sum(), atol=1e-12)
+    step = 1e-5
+    ahead, behind = (torch.func.grad(loss)(W + k * step * T) for k in (1, -1))
+    hessian = torch.func.hessian(loss)(W)
+    got = (hessian * T).sum((-2, -1))
+    assert torch.allclose(got, (ahead - behind) / (2 * step), atol=1e-5)
+
+
+@pytest.mark.parametrize("A", [
+    [[0.0, 1e200], [1e-201, 0.0]], [[0.5, 5e-324], [1e308, 0.5]], [[1.7e308, 1.7e308]] * 2, [[-1e300]],
+], ids=str)  # fmt: skip
+def test_entries_of_any_size_get_an_answer(A):
+    report = certificate(torch.tensor(A, dtype=torch.float64), ReLU())
+    assert report.status in ("well-posed", "unknown", "ill-posed")
+    if A[0][0] == 0.0:
+        assert report.well_posed
+
+
+def test_a_certificate_takes_the_names_that_layers_take():
+    A = torch.tensor([[0.3, -0.2], [0.1, 0.4]])
+    for phi in ("relu", torch.nn.ReLU(), ReLU()):
+        assert certificate(A, phi).condition == "infinity norm"
+    assert certificate(A, ReLU()) != certificate(A, ReLU())  # they are not compared by tensors
+
+
+@pytest.mark.parametrize("make", [InfNormBall, PerronFrobenius, MatrixMeasure, Monotone])
+def test_a_radius_is_a_number(make):
+    with pytest.raises(TypeError, match="got '0.5', expected a number"):
+        make("0.5")
+    with pytest.raises(TypeError, match="got True"):
+        make(True)
+
+
+def test_weights_follow_the_matrix():
+    W = torch.ones(3, 3, device="meta")
+    for s in (PerronFrobenius(0.9, torch.ones(3)), MatrixMeasure(0.9, torch.ones(3))):
+        assert s(W).device.type == "meta"
+
+
+def test_slopes_above_one_need_a_smaller_bound():
+    steep = ELU(alpha=3.0)
+    for s in (MatrixMeasure(0.95), Monotone(0.1), InfNormBall(0.95)):
+        with pytest.raises(ValueError, match="3"):
+            s.check(steep)
+    MatrixMeasure(0.3).check(steep)
+    Monotone(0.7).check(steep)
+
+
+def test_the_largest_infinity_norm_of_a_softmax_jacobian_is_one_half():
+    p = torch.tensor([0.5, 0.5])
+    J = torch.diag(p) - torch.outer(p, p)
+    assert Softmax().infinity_lipschitz == float(J.abs().sum(1).max()) == 0.5
+
+
+def test_the_error_constant_of_a_triangular_model_covers_its_inverse():
+    """phi = identity: the error is (I - A)^-1 times the residual, and its norm is known exactly."""
+    tightest = 0.0
+    for seed in range(300):
+        A = 0.9 * rand(3, 3, seed=seed).double().clamp(-1, 1)
+        A[1:, 0] = 0.0
+        A[2, 1] = 0.0
+        report = certificate(A, Identity())
+        if report.constant is None or report.groups is not None:
+            continue
+        v = report.weights
+        inverse = torch.linalg.inv(torch.eye(3, dtype=torch.float64) - A)
+        norm = float(((inverse.abs() @ v) / v).max())
+        assert norm <= report.constant * (1 + 1e-12), seed
+        tightest = max(tightest, norm / report.constant)
+    assert tightest > 0.4

@@ -63,9 +63,13 @@ class _AffineLayer(nn.Module, abc.ABC):
         self.d = nn.Parameter(torch.empty(q, **kind)) if bias else None
 
     @property
-    @abc.abstractmethod
     def A(self) -> Tensor:
         """The weight that the layer computes with.  # (n, n)"""
+        return self._weight().to(self.B.dtype)
+
+    @abc.abstractmethod
+    def _weight(self) -> Tensor:
+        """A, in at least float32: in half precision rounding would take it out of its set."""
 
     @property
     def activation(self) -> Activation:
@@ -173,7 +177,7 @@ class _AffineLayer(nn.Module, abc.ABC):
 
     def _equation_at(self, u: Tensor, A: Tensor | None) -> tuple[Tensor, Tensor]:
         """A and v = B u + b in the dtype of the solve."""
-        A = self.A if A is None else A
+        A = self._weight() if A is None else A
         work = torch.promote_types(A.dtype, torch.float32)
         b = None if self.b is None else self.b.to(work)
         return A.to(work), functional.linear(u.to(work), self.B.to(work), b)
@@ -343,9 +347,7 @@ class ImplicitLayer(_AffineLayer):
         if low_rank is not None:
             if type(low_rank) is not int or not 1 <= low_rank < n:
                 raise ValueError(f"low_rank: got {low_rank!r}, expected an integer in 1..{n - 1}.")
-            if not isinstance(
-                self.well_posed, wellposed.InfNormBall | wellposed.PerronFrobenius | None
-            ):
+            if self.well_posed is not None and not self.well_posed.keeps_rank:
                 raise ValueError(
                     f"low_rank: {self.well_posed} does not keep the rank of W; use 'inf-norm', "
                     "'perron-frobenius' or well_posed=None."
@@ -360,10 +362,10 @@ class ImplicitLayer(_AffineLayer):
         self._prepare(**facts)
         self.reset_parameters()
 
-    @property
-    def A(self) -> Tensor:
-        """well_posed(W), with its gradient.  # (n, n)"""
-        W = self.W if self.low_rank is None else self.L @ self.R.mT
+    def _weight(self) -> Tensor:
+        """well_posed(W), with its gradient."""
+        work = torch.promote_types(self.B.dtype, torch.float32)
+        W = self.W.to(work) if self.low_rank is None else self.L.to(work) @ self.R.to(work).mT
         return W if self.well_posed is None else self.well_posed(W)
 
     def reset_parameters(self) -> None:
@@ -431,11 +433,12 @@ class MonotoneLayer(_AffineLayer):
         self._prepare(monotone=declared["strongly_monotone"])
         self.reset_parameters()
 
-    @property
-    def A(self) -> Tensor:
-        """(1 - m) I - P^T P + S - S^T.  # (n, n)"""
-        eye = torch.eye(self.state_features, dtype=self.P.dtype, device=self.P.device)
-        return (1 - self.margin) * eye - self.P.mT @ self.P + self.S - self.S.mT
+    def _weight(self) -> Tensor:
+        """(1 - m) I - P^T P + S - S^T."""
+        work = torch.promote_types(self.B.dtype, torch.float32)
+        P, S = self.P.to(work), self.S.to(work)
+        eye = torch.eye(self.state_features, dtype=work, device=P.device)
+        return (1 - self.margin) * eye - P.mT @ P + S - S.mT
 
     def reset_parameters(self) -> None:
         """Initialise all parameters: P with variance 1/n, so that A starts near -m I on average and

@@ -59,7 +59,7 @@ class ImplicitRNN(nn.Module):
         if h0 is not None and tuple(h0.shape) != (1, *shape):
             raise ValueError(f"h0: got shape {tuple(h0.shape)}, expected {(1, *shape)}.")
         h = input.new_zeros(shape) if h0 is None else h0[0]
-        A = self.cell.A  # once for all steps
+        A = self.cell._weight()  # once for all steps
         outputs = []
         for u in steps:
             joint = self.cell._accept(torch.cat([u, h.to(u.dtype)], dim=-1))

@@ -17,6 +17,9 @@ class WellPosedSet(nn.Module, abc.ABC):
     well-posedness for phi, and `facts(phi)` what a solver may then rely on.
     """
 
+    # Whether `forward` keeps the rank of W: scaling rows does, taking out eigenvalues does not.
+    keeps_rank: bool = False
+
     @abc.abstractmethod
     def margin(self, A: Tensor) -> Tensor:  # (..., n, n) -> (...)
         """Signed slack: > 0 strictly inside, 0 on the boundary, < 0 outside."""
@@ -27,7 +30,8 @@ class WellPosedSet(nn.Module, abc.ABC):
 
     @abc.abstractmethod
     def project(self, A: Tensor) -> Tensor:  # (..., n, n) -> (..., n, n)
-        """The nearest member in the Frobenius norm, without gradient."""
+        """The nearest member in the Frobenius norm, without gradient; of a non-convex set (see
+        `PerronFrobenius`) one that is nearest among its neighbours."""
 
     @abc.abstractmethod
     def check(self, phi: Activation) -> None:
@@ -68,7 +72,9 @@ class WellPosedSet(nn.Module, abc.ABC):
 
 
 def number(name: str, value: float, low: float, high: float) -> float:
-    """A float strictly between low and high, or a ValueError."""
+    """A float strictly between low and high, or a ValueError; TypeError for no number."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name}: got {value!r}, expected a number in ({low:g}, {high:g})")
     if not low < value < high:
         raise ValueError(f"{name}: got {value}, expected a number in ({low:g}, {high:g})")
     return float(value)

@@ -2,13 +2,14 @@
 
 import copy
 import itertools
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import torch
 
-from .._linalg import EPS, perron, resolvent_vector
+from .._linalg import EPS, balanced, perron, resolvent_vector
 from ..activations import Activation
 
 P_LIMIT = 12  # all 2^n principal minors are enumerated up to this many states
@@ -101,6 +102,10 @@ class Component:
         return full
 
 
+# Beyond, squares and sums overflow in float64, and a condition may end in an exception.
+LARGE = 1e150
+
+
 def prove(p: Component, quick: bool = False) -> Evidence | None:
     """The first condition that holds; else the evidence that came closest.
 
@@ -121,8 +126,15 @@ def prove(p: Component, quick: bool = False) -> Evidence | None:
         conditions += (_block_norm, _measure, _monotone, _p_matrix)
     tried: list[Evidence] = []
     for condition in conditions:
-        evidence = condition(p)
-        if evidence is None:
+        with np.errstate(all="ignore"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", RuntimeWarning)  # what overflows is no evidence
+            try:
+                evidence = condition(p)
+            except (ValueError, np.linalg.LinAlgError):
+                if np.abs(p.a).max() < LARGE:
+                    raise
+                evidence = None
+        if evidence is None or np.isnan(evidence.margin):
             continue
         if evidence.holds:
             return evidence
@@ -240,8 +252,6 @@ def _block_norm(p: Component) -> Evidence:
 
 
 def _norm_matrix(p: Component, scaled: np.ndarray, group: np.ndarray) -> Evidence:
-    from scipy.linalg import matrix_balance
-
     count = int(group.max()) + 1
     index = [np.flatnonzero(group == k) for k in range(count)]
     norms = np.zeros((count, count))
@@ -251,8 +261,8 @@ def _norm_matrix(p: Component, scaled: np.ndarray, group: np.ndarray) -> Evidenc
     scale = np.ones(len(p.a))
     if count == 1 and p.entrywise:
         # A diagonal change of variables may shrink the 2-norm; powers of 2, so without rounding.
-        balanced, (d, _) = matrix_balance(scaled, permute=False, separate=True)
-        alternative = _spectral(balanced)
+        even, d = balanced(scaled)
+        alternative = _spectral(even)
         if alternative < norms[0, 0]:
             norms[0, 0], scale = alternative, d
     e = _weighted("block norm matrix", p, norms, lambda v: float(((norms @ v) / v).max()))
@@ -269,11 +279,16 @@ def _spectral(a: np.ndarray) -> float:
     from scipy.linalg import eigh
 
     n = max(a.shape)
+    unit = float(np.abs(a).max()) if a.size else 0.0
+    if not 0 < unit < np.inf:
+        return unit
+    a = a / unit  # squares neither overflow nor vanish
     if min(a.shape) <= 1:
-        return float(np.linalg.norm(a)) * (1 + 4 * n * EPS)
+        return unit * float(np.linalg.norm(a)) * (1 + 4 * n * EPS)
     gram = a @ a.T if a.shape[0] <= a.shape[1] else a.T @ a
     top = eigh(gram, eigvals_only=True, subset_by_index=[len(gram) - 1] * 2)[0]
-    return float(np.sqrt(max(top, 0.0) + 16 * n * EPS * np.abs(gram).sum(1).max()))
+    size = np.sqrt(max(top, 0.0) + 16 * n * EPS * np.abs(gram).sum(1).max())
+    return unit * float(size) * (1 + 4 * EPS)
 
 
 def _measure(p: Component) -> Evidence | None:
@@ -299,9 +314,8 @@ def _measure(p: Component) -> Evidence | None:
     def factor(v: np.ndarray) -> float:
         rows = (off @ v) / v
         values = [d * diagonal + np.abs(d) * rows for d in ends]
-        # Slopes of either sign enclose d = 0, where the left side vanishes.
-        enclosed = ((p.lo <= 0) & (p.hi >= 0)).any()
-        c = max(float(np.max(values)), 0.0 if enclosed else -np.inf)
+        # Where lo <= 0 <= hi one of the two ends gives at least 0, the value at d = 0.
+        c = float(np.max(values))
         size = float(np.max(p.lipschitz * (np.abs(diagonal) + rows)))
         return c + 8 * len(v) * EPS * (1 + size)
 
@@ -317,7 +331,7 @@ def _monotone(p: Component) -> Evidence | None:
     phi with slopes in [0, hi] is the gradient of a convex function whose gradient is firmly
     non-expansive after division by hi, in every norm ||S^-1 x||_2 with S constant on its blocks.
     """
-    from scipy.linalg import eigh, matrix_balance
+    from scipy.linalg import eigh
 
     if (p.lo < 0).any():
         return None
@@ -325,7 +339,7 @@ def _monotone(p: Component) -> Evidence | None:
     scaled = p.hi[:, None] * p.a
     candidates = [np.ones(n)]
     if p.entrywise and n <= 1024:
-        candidates.append(matrix_balance(p.a, permute=False, separate=True)[1][0])
+        candidates.append(balanced(p.a)[1])
     if p.entrywise and 1 < n <= 96:
         candidates.append(_diagonal_stability(scaled))
     best = Evidence(condition="strong monotonicity", margin=-np.inf)

@@ -91,10 +91,21 @@ class StrictlyUpper(WellPosedSet):
         return "" if self.sizes is None else f"sizes={self.sizes}"
 
 
+def _fitting(weights: Tensor, A: Tensor) -> Tensor:
+    """The weights, where and what A is, if there is one a state."""
+    if len(weights) != A.shape[-1]:
+        raise ValueError(
+            f"A has {A.shape[-1]} states, but the set was made with {len(weights)} weights: pass "
+            "one weight a state"
+        )
+    return weights.to(A)
+
+
 class _RowBall(WellPosedSet):
     """max_i sum_j |A_ij| v_j / v_i <= kappa, v = ones without weights."""
 
     weights: Tensor | None
+    keeps_rank = True
 
     def __init__(self, kappa: float, weights: Tensor | None):
         super().__init__()
@@ -105,16 +116,8 @@ class _RowBall(WellPosedSet):
         """sum_j |A_ij| v_j / v_i.  # (..., n)"""
         if self.weights is None:
             return A.abs().sum(-1)
-        v = self._fitting(A)
+        v = _fitting(self.weights, A)
         return (A.abs() @ v) / v
-
-    def _fitting(self, A: Tensor) -> Tensor:
-        if self.weights.shape[0] != A.shape[-1]:
-            raise ValueError(
-                f"A has {A.shape[-1]} states, but the set was made with "
-                f"{self.weights.shape[0]} weights: pass one weight a state"
-            )
-        return self.weights.to(A.dtype)
 
     def margin(self, A: Tensor) -> Tensor:
         if A.shape[-1] == 0:
@@ -130,7 +133,7 @@ class _RowBall(WellPosedSet):
     def project(self, A: Tensor) -> Tensor:
         if self.weights is None:
             return project_l1(A, self.kappa)
-        v = self._fitting(A)
+        v = _fitting(self.weights, A)
         return project_l1(A, self.kappa * v, v)
 
     def facts(self, phi: Activation) -> dict[str, Any]:
@@ -188,7 +191,8 @@ class PerronFrobenius(_RowBall):
 
     With `weights` v the set is {|A| v <= kappa v}, convex, with exact projection. Without, it is
     the whole (non-convex) Perron-Frobenius set: `forward` scales W by kappa / lambda_pf(|W|) with
-    the gradient through the eigenvalue, and `project` searches for the best v, see there.
+    the gradient through the eigenvalue, and `project` ends in a local minimum of the distance: the
+    nearest point of a non-convex set is not to be had in general.
 
     Args:
         kappa: Bound on the Perron root of |A|.
@@ -293,12 +297,7 @@ class MatrixMeasure(WellPosedSet):
         if self.weights is None:
             rows = off.sum(-1)
         else:
-            if len(self.weights) != A.shape[-1]:
-                raise ValueError(
-                    f"A has {A.shape[-1]} states, but the set was made with "
-                    f"{len(self.weights)} weights: pass one weight a state"
-                )
-            v = self.weights.to(A.dtype)
+            v = _fitting(self.weights, A)
             rows = (off @ v) / v
         return diagonal + rows - self.gamma
 
@@ -312,7 +311,8 @@ class MatrixMeasure(WellPosedSet):
 
     @torch.no_grad()
     def project(self, A: Tensor) -> Tensor:
-        return project_matrix_measure(A, self.gamma, self.weights)
+        v = None if self.weights is None else _fitting(self.weights, A)
+        return project_matrix_measure(A, self.gamma, v)
 
     def check(self, phi: Activation) -> None:
         low, high = phi.slope
@@ -337,7 +337,7 @@ class MatrixMeasure(WellPosedSet):
         return f"gamma={self.gamma:g}{tail}"
 
 
-class _SpectralExcess(torch.autograd.Function):
+class _SpectralExcessReverse(torch.autograd.Function):
     """V max(lambda - c, 0) V' of a symmetric S = V diag(lambda) V'.
 
     The derivative is the Daleckii-Krein formula V (K o V' G V) V' with the divided differences K
@@ -354,22 +354,36 @@ class _SpectralExcess(torch.autograd.Function):
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
         ctx.save_for_backward(inputs[0])
+        ctx.save_for_forward(inputs[0])
         ctx.c = inputs[1]
 
     @staticmethod
     def backward(ctx: Any, G: Tensor) -> Any:  # type: ignore[override]
-        (S,) = ctx.saved_tensors
+        return _excess_derivative(ctx.saved_tensors[0], ctx.c, G), None
+
+
+class _SpectralExcess(_SpectralExcessReverse):
+    """With forward mode, too, which a compiled graph does not admit."""
+
+    @staticmethod
+    def jvp(ctx: Any, dS: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
+        return _excess_derivative(ctx.saved_tensors[0], ctx.c, dS)
+
+
+def _excess_derivative(S: Tensor, c: float, G: Tensor) -> Tensor:
+    """V (K o V' G V) V', which is its own adjoint."""
+    with torch.autocast(S.device.type, enabled=False):
         value, V = torch.linalg.eigh(S)
-        f = (value - ctx.c).clamp_min(0)
+        f = (value - c).clamp_min(0)
         # Two eigenvalues on the same side of c give exactly 1 or 0; on different sides they differ.
-        above = value > ctx.c
+        above = value > c
         same = above[..., :, None] == above[..., None, :]
         gap = value[..., :, None] - value[..., None, :]
         rise = f[..., :, None] - f[..., None, :]
         side = above[..., :, None].to(S.dtype).expand_as(gap)
         K = torch.where(same, side, rise / torch.where(same, torch.ones_like(gap), gap))
-        G = (G + G.mT) / 2
-        return V @ (K * (V.mT @ G @ V)) @ V.mT, None
+        G = ((G + G.mT) / 2).to(S.dtype)
+        return V @ (K * (V.mT @ G @ V)) @ V.mT
 
 
 class Monotone(WellPosedSet):
@@ -397,7 +411,8 @@ class Monotone(WellPosedSet):
     def forward(self, W: Tensor) -> Tensor:
         if W.shape[-1] == 0:
             return W
-        return W - _SpectralExcess.apply((W + W.mT) / 2, 1 - self.m)
+        rule = _SpectralExcessReverse if torch.compiler.is_compiling() else _SpectralExcess
+        return W - rule.apply((W + W.mT) / 2, 1 - self.m)
 
     @torch.no_grad()
     def project(self, A: Tensor) -> Tensor:
