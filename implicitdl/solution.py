@@ -2,6 +2,7 @@
 
 import difflib
 import enum
+import sys
 import warnings
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
@@ -28,7 +29,10 @@ class Status(enum.Enum):
         "broke down. Check the map with `implicitdl.wellposed.certificate`, or use `Newton` or a "
         "monotone splitting."
     )
-    NONFINITE = "The input of the solve, or its first evaluation, holds NaN or infinite values."
+    NONFINITE = (
+        "The input of the solve, or its first evaluation, holds NaN or infinite values (or such as "
+        "overflow)."
+    )
 
     @property
     def code(self) -> int:
@@ -78,6 +82,15 @@ def unknown_name(what: str, got: object, valid: Iterable[str]) -> ValueError:
     return ValueError(f"{what}: got {got!r}, expected one of {', '.join(map(repr, valid))}.{hint}")
 
 
+def _outside() -> int:
+    """The stack level of the first caller that is not in this package, seen from a caller."""
+    frame, level = sys._getframe(1), 1
+    package = __name__.partition(".")[0]
+    while frame is not None and frame.f_globals.get("__name__", "").partition(".")[0] == package:
+        frame, level = frame.f_back, level + 1
+    return level
+
+
 _ON_FAILURE = ("raise", "warn", "return")
 
 
@@ -87,7 +100,7 @@ def check_on_failure(on_failure: str) -> None:
         raise unknown_name("on_failure", on_failure, _ON_FAILURE)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Solution:
     """The result of a solve, one entry a sample.
 
@@ -143,7 +156,7 @@ class Solution:
         message = self._failure()
         if on_failure == "raise":
             raise ConvergenceError(message, replace(self, value=self.value.detach()))
-        warnings.warn(message, ConvergenceWarning, stacklevel=3)
+        warnings.warn(message, ConvergenceWarning, stacklevel=_outside())
         return self
 
     def _failure(self) -> str:

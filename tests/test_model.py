@@ -2,6 +2,8 @@
 
 import json
 import re
+from dataclasses import dataclass
+from fractions import Fraction
 
 import pytest
 import torch
@@ -9,7 +11,16 @@ from problems import monotone_matrix, randn, row_sums
 from safetensors.torch import save_file
 
 from implicitdl import ConvergenceError, ImplicitModel, NotWellPosedError, stack
-from implicitdl.activations import Blocks, Identity, LeakyReLU, ReLU, Sigmoid, Softmax, Tanh
+from implicitdl.activations import (
+    Activation,
+    Blocks,
+    Identity,
+    LeakyReLU,
+    ReLU,
+    Sigmoid,
+    Softmax,
+    Tanh,
+)
 from implicitdl.solvers import Auto, Picard
 
 TIGHT = Auto(rtol=1e-14, atol=1e-15)
@@ -144,7 +155,7 @@ def test_failures_say_which_sample():
 def test_construction(change, words):
     m = model()
     parts = {name: getattr(m, name) for name in "ABCDbd"} | {"phi": "relu"} | change
-    with pytest.raises(ValueError) as error:
+    with pytest.raises((ValueError, TypeError)) as error:
         ImplicitModel(**parts)
     assert words in str(error.value)
 
@@ -179,8 +190,8 @@ def test_operators_name_what_does_not_fit():
         (lambda: f + g, "f + g: f maps 3 -> 2, g maps 4 -> 2"),
         (lambda: stack(f, g), "stack: f takes 3 inputs, g 4"),
         (lambda: f.feedback(torch.zeros(2, 3)), "feedback: K has shape (2, 3), expected (3, 2)"),
-        (lambda: f.permute([0, 1, 2, 3]), "permute: expected a permutation of 0..4"),
-        (lambda: f.permute([0, 1, 2, 3, 3]), "permute: expected a permutation of 0..4"),
+        (lambda: f.permute([0, 1, 2, 3]), "expected a permutation of 0..4"),
+        (lambda: f.permute([0, 1, 2, 3, 3]), "expected a permutation of 0..4"),
     ):
         with pytest.raises(ValueError) as error:
             act()
@@ -444,3 +455,125 @@ def test_a_softmax_triangle_is_not_acyclic():
         m = ImplicitModel(A, randn(5, 3), randn(2, 5), phi=phi)
         assert m._facts()["acyclic"] is acyclic
         assert ("triangular" in m.solve(randn(4, 3)).stats["reason"]) is acyclic
+
+
+# --- what a fresh reader broke
+
+
+def exact_distance(A, v, x):
+    """max |x - x*| for x* = A x* + v, in rational arithmetic."""
+    n = len(v)
+    A = [[Fraction(a) for a in row] for row in A.tolist()]
+    rows = [
+        [Fraction(int(i == j)) - A[i][j] for j in range(n)] + [Fraction(v[i])] for i in range(n)
+    ]
+    for i in range(n):
+        pivot = next(k for k in range(i, n) if rows[k][i])
+        rows[i], rows[pivot] = rows[pivot], rows[i]
+        rows[i] = [a / rows[i][i] for a in rows[i]]
+        for k in range(n):
+            if k != i:
+                rows[k] = [a - rows[k][i] * b for a, b in zip(rows[k], rows[i], strict=True)]
+    return max(abs(row[-1] - Fraction(xi)) for row, xi in zip(rows, x, strict=True))
+
+
+@pytest.mark.parametrize("seed", range(40))
+def test_the_error_bound_covers_rounding(seed):
+    """Identity and D = 0: x* is a rational number, and so is its distance from what was solved."""
+    n = 1 + seed % 5
+    A = row_sums(randn(n, n, seed=seed), 0.3 + 0.1 * (seed % 6))
+    m = ImplicitModel(A, torch.eye(n), torch.eye(n), phi="identity")
+    u = randn(4, n, seed=seed + 100)
+    solution = m.solve(u, solver="newton" if seed % 2 else "picard")
+    assert solution.error_bound.shape == (4,)
+    report = m.certificate(refute=False)
+    for k in range(4):
+        x = solution.value[k].tolist()
+        distance = exact_distance(A, u[k].tolist(), x)
+        # max |e_i| <= max_i v_i times the weighted norm
+        assert distance <= Fraction(float(solution.error_bound[k]) * float(report.weights.max()))
+        assert float(solution.error_bound[k]) < 1e-9
+
+
+def test_no_bound_without_a_certificate():
+    m = ImplicitModel(4 * torch.eye(2), torch.eye(2), torch.eye(2), phi="tanh")
+    assert m.solve(torch.ones(3, 2), on_failure="return").error_bound is None
+
+
+def test_a_softmax_block_declares_no_contraction_of_the_spectral_kind():
+    """Its slopes are within 1/2, its infinity norm may be larger times the rows: no `contraction`
+    is declared for what is not entrywise."""
+    A = row_sums(randn(6, 6), 1.5)
+    m = ImplicitModel(A, torch.eye(6), torch.eye(6), phi=Blocks.of(Softmax(), 6))
+    assert m._facts()["contraction"] is None and not m._facts()["acyclic"]
+
+
+def test_models_of_different_kinds_are_not_mixed():
+    m, other = model(), model()
+    small = ImplicitModel(*(getattr(other, k).float() for k in "ABCDbd"), phi="relu")
+    for mix in (lambda: m + small, lambda: stack(m, small), lambda: m @ small):
+        with pytest.raises(ValueError, match="torch.float32.*expected one dtype"):
+            mix()
+    with pytest.raises(TypeError, match="stack: got int"):
+        stack(m, 3)
+    with pytest.raises(TypeError, match="K is list"):
+        m.feedback([[0.0]])
+    with pytest.raises(TypeError, match="b is float"):
+        ImplicitModel(m.A, m.B, m.C, b=0.0)
+    with pytest.raises(ValueError, match="at least one state"):
+        ImplicitModel(torch.zeros(0, 0), torch.zeros(0, 2), torch.zeros(2, 0))
+
+
+def test_a_model_in_half_precision_and_under_autocast_is_solved_in_full():
+    m = model()
+    half = ImplicitModel(*(getattr(m, k).to(torch.bfloat16) for k in "ABCDbd"), phi="relu")
+    u = torch.randn(4, m.inputs)
+    assert half.solve(u.bfloat16()).value.dtype is torch.float32
+    assert half(u.bfloat16()).dtype is torch.bfloat16
+    single = ImplicitModel(*(getattr(m, k).float() for k in "ABCDbd"), phi="relu")
+    expected = single.solve(u.float()).value
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert torch.allclose(single.solve(u.float()).value, expected, atol=1e-5)
+        assert single(u.float()).shape == (4, m.outputs)
+
+
+@pytest.mark.parametrize("phi", [
+    {"name": ["a"]}, {"name": "HardTanh", "low": "a"}, {"name": "ReLU", "x": 1}, 3, None,
+    {"name": "Blocks", "parts": "ab"}, {"name": "Blocks", "parts": [[{"name": "ReLU"}, True]]},
+    {"name": "Blocks", "parts": [[{"name": "ReLU"}, 5, 6]]}, {"name": "LeakyReLU", "negative_slope": None},
+], ids=str)  # fmt: skip
+def test_a_malicious_header_is_refused_by_name(phi, tmp_path):
+    from safetensors.torch import save_file
+
+    m, path = model(), tmp_path / "model.safetensors"
+    header = json.dumps({"version": 1, "phi": phi})
+    tensors = {name: getattr(m, name).clone() for name in ("A", "B", "C", "D", "b", "d")}
+    save_file(tensors, path, metadata={"implicitdl.ImplicitModel": header})
+    with pytest.raises(ValueError, match="model.safetensors"):
+        ImplicitModel.load(path)
+    deep = "[" * 100000
+    save_file(tensors, path, metadata={"implicitdl.ImplicitModel": deep})
+    with pytest.raises(ValueError, match="model.safetensors"):
+        ImplicitModel.load(path)
+
+
+def test_save_refuses_what_load_could_not_read(tmp_path):
+    @dataclass(frozen=True, kw_only=True)
+    class Private(Activation, register=False):
+        slope = (0.0, 1.0)
+
+        def __call__(self, z):
+            return z.tanh()
+
+    m = model()
+    own = ImplicitModel(m.A, m.B, m.C, phi=Private())
+    with pytest.raises(ValueError, match="cannot be written to a file"):
+        own.save(tmp_path / "a.safetensors")
+    assert not list(tmp_path.iterdir())
+    with pytest.raises(FileNotFoundError, match="no folder"):
+        m.save(tmp_path / "missing" / "a.safetensors")
+    m.save(tmp_path / "a.safetensors")
+    with pytest.raises(RuntimeError, match="cpuu"):
+        ImplicitModel.load(tmp_path / "a.safetensors", device="cpuu")
+    with pytest.raises(FileNotFoundError):
+        ImplicitModel.load(tmp_path / "b.safetensors")

@@ -115,3 +115,18 @@ def test_solutions_are_frozen_and_pickle():
         s.codes = None
     again = pickle.loads(pickle.dumps(s))
     assert again.statuses == s.statuses and torch.equal(again.steps, s.steps)
+
+
+def test_a_warning_points_at_the_callers_line():
+    from implicitdl import ImplicitLayer
+    from implicitdl.solvers import Picard
+
+    layer = ImplicitLayer(2, 1, 3, solver=Picard(max_steps=1))
+    with pytest.warns(ConvergenceWarning) as caught:
+        layer.solve(torch.ones(1, 2), on_failure="warn")
+    assert caught[0].filename == __file__
+
+
+def test_solutions_are_not_compared_by_tensors():
+    a, b = (Solution(*(torch.zeros(3) for _ in range(4))) for _ in range(2))
+    assert a != b and len({a, b}) == 2

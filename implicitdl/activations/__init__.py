@@ -57,9 +57,10 @@ def from_config(config: Mapping[str, Any]) -> Activation:
     if not isinstance(config, Mapping) or "name" not in config:
         raise ValueError(f"config: got {config!r}, expected a mapping with a 'name'")
     values = {key: value for key, value in config.items() if key != "name"}
-    cls = REGISTRY.get(config["name"])
+    name = config["name"]
+    cls = REGISTRY.get(name) if isinstance(name, str) else None
     if cls is None:
-        raise unknown_name("activation", config["name"], REGISTRY)
+        raise unknown_name("activation", name, REGISTRY)
     fields = {f.name: f for f in own_fields(cls)}
     for key in values:
         if key not in fields:
@@ -70,8 +71,11 @@ def from_config(config: Mapping[str, Any]) -> Activation:
     if "parts" in values and issubclass(cls, Blocks):
         try:
             values["parts"] = tuple((from_config(part), n) for part, n in values["parts"])
-        except TypeError as error:
+        except (TypeError, ValueError) as error:
             raise ValueError(f"config of Blocks: got parts {values['parts']!r}") from error
+    for key, value in values.items():
+        if key != "parts" and (isinstance(value, bool) or not isinstance(value, int | float)):
+            raise ValueError(f"{cls.__name__}: got {key}={value!r}, expected a number")
     return cls(**values)
 
 
@@ -126,7 +130,7 @@ def get_activation(activation: "str | Activation | nn.Module") -> Activation:
         return _ALIASES[key]
     classes = {name.lower().replace("_", ""): cls for name, cls in REGISTRY.items()}
     if key not in classes:
-        own = [n for n, cls in REGISTRY.items() if cls.__module__ != __name__]
+        own = [n for n, cls in REGISTRY.items() if not cls.__module__.startswith(__name__)]
         raise unknown_name("activation", activation, [*_NAMES.split(), *_ALIASES, *own])
     try:
         return classes[key]()

@@ -203,8 +203,9 @@ class Activation(abc.ABC):
                 f"prox: {self} has slope up to {hi:.6g}, expected at most 1; such a phi is not a "
                 "proximity operator: scale it down or use a solver that needs no prox"
             )
-        if not isinstance(t, Tensor) and not 0.0 < t < INF:
-            raise ValueError(f"prox: got t={t}, expected a positive finite step")
+        smallest = float(t.detach().min()) if isinstance(t, Tensor) and t.numel() else t
+        if not isinstance(smallest, Tensor) and not 0.0 < smallest < INF:
+            raise ValueError(f"prox: got t={smallest}, expected a positive finite step")
 
 
 def own_fields(cls: type[Activation]) -> Iterable[dataclasses.Field[Any]]:

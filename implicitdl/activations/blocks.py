@@ -106,7 +106,7 @@ class Blocks(Activation):
         for phi, n in self.parts:
             if not isinstance(phi, Activation):
                 raise TypeError(f"Blocks: got {phi!r} in parts, expected an Activation")
-            if not isinstance(n, int) or n < 1:
+            if type(n) is not int or n < 1:
                 raise ValueError(f"Blocks: got size {n!r} for {phi}, expected a positive integer")
             if isinstance(phi, Blocks) and phi.size != n:
                 raise ValueError(f"Blocks: a nested part of {phi.size} states got size {n}")

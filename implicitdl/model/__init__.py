@@ -3,9 +3,8 @@
 Reference: El Ghaoui, Gu, Travacca, Askari, Tsai (2021), section 3 and appendix on composition.
 """
 
-import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -13,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from . import activations, wellposed
-from .activations import Activation, Blocks
-from .implicit import Adjoint as AdjointType
-from .implicit import Equation, get_adjoint
-from .maps import AffineMap
-from .solution import Solution, check_on_failure
-from .solvers import FixedPointSolver, get_solver
+from .. import activations, wellposed
+from ..activations import Activation, Blocks
+from ..implicit import Adjoint as AdjointType
+from ..implicit import Equation
+from ..maps import inside_transform
+from ..solution import Solution
+from ..solvers import FixedPointSolver
+from . import files
+from .states import check_input, solve_state
 
-_FORMAT = "implicitdl.ImplicitModel"
-_VERSION = 1
-_NAMES = ("A", "B", "C", "D", "b", "d")
+__all__ = ["ImplicitModel", "check_input", "solve_state", "stack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -69,9 +68,10 @@ class ImplicitModel:
     def __post_init__(self) -> None:
         for name in "ABC":
             t = getattr(self, name)
-            if not isinstance(t, Tensor) or t.dim() != 2:
-                got = tuple(t.shape) if isinstance(t, Tensor) else type(t).__name__
-                raise ValueError(f"ImplicitModel: {name} is {got}, expected a matrix.")
+            if not isinstance(t, Tensor):
+                raise TypeError(f"ImplicitModel: {name} is {type(t).__name__}, expected a matrix.")
+            if t.dim() != 2:
+                raise ValueError(f"ImplicitModel: {name} is {tuple(t.shape)}, expected a matrix.")
         n, p, q = self.A.shape[0], self.B.shape[1], self.C.shape[0]
         shapes = {"A": (n, n), "B": (n, p), "C": (q, n), "D": (q, p), "b": (n,), "d": (q,)}
         for name, shape in shapes.items():
@@ -79,6 +79,10 @@ class ImplicitModel:
             if t is None:
                 t = self.A.new_zeros(shape)
                 object.__setattr__(self, name, t)
+            if not isinstance(t, Tensor):
+                raise TypeError(
+                    f"ImplicitModel: {name} is {type(t).__name__}, expected a tensor {shape}."
+                )
             if tuple(t.shape) != shape:
                 raise ValueError(
                     f"ImplicitModel: {name} has shape {tuple(t.shape)}, expected {shape} "
@@ -91,6 +95,11 @@ class ImplicitModel:
                 )
         if not self.A.is_floating_point():
             raise ValueError(f"ImplicitModel: A is {self.A.dtype}, expected a floating dtype.")
+        if n == 0:
+            raise ValueError(
+                "ImplicitModel: A is (0, 0), expected at least one state; an affine map y = D u + d "
+                "has one that C does not read: A = B = C = 0."
+            )
         phi = activations.get_activation(self.phi)
         if not isinstance(phi, Blocks):
             phi = Blocks.of(phi, n)
@@ -148,16 +157,37 @@ class ImplicitModel:
             solver, adjoint, on_failure, record: as in `implicitdl.fixed_point`.
 
         Returns:
-            Solution; `value` is the state  # (*batch, n), differentiable in A, B, b and u.
+            Solution; `value` is the state  # (*batch, n), differentiable in A, B, b and u, in at
+            least float32. Where ||A||_inf times the largest slope is below 1, `error_bound` bounds
+            its distance to the exact equilibrium, in the norm of `certificate(refute=False)`.
+
+        Raises:
+            ConvergenceError: a sample did not converge and `on_failure="raise"`.
+            ValueError: u or x0 has another width, dtype or device than the model.
         """
+        u = self._accept(u)
+        work = torch.promote_types(self.A.dtype, torch.float32)
+        with torch.autocast(u.device.type, enabled=False):
+            A, v = self.A.to(work), functional.linear(u.to(work), self.B.to(work), self.b.to(work))
+            facts = self._facts()
+            bound = None
+            if facts.get("contraction") is not None:
+                proof = wellposed.certificate(A.detach(), self.activation, refute=False)
+                bound = proof.error_bound if proof.constant is not None else None
+            equation = Equation(self.activation, **facts)
+            return solve_state(A, v, equation, x0, solver, adjoint, on_failure, record, bound)
+
+    def _accept(self, u: Tensor) -> Tensor:
+        """u, checked; under autocast, in the dtype of the model."""
+        here = isinstance(u, Tensor) and u.device == self.A.device
+        if here and torch.is_autocast_enabled(u.device.type):
+            u = u.to(self.A.dtype)
         check_input(u, self.inputs, self.A, "u")
-        v = functional.linear(u, self.B, self.b)
-        equation = Equation(self.activation, **self._facts())
-        return solve_state(self.A, v, equation, x0, solver, adjoint, on_failure, record)
+        return u
 
     def __call__(self, u: Tensor, **options: Any) -> Tensor:
         """y = C x + D u + d.  # (*batch, p) -> (*batch, q)"""
-        x = self.solve(u, **options).value
+        x = self.solve(u, **options).value.to(self.A.dtype)
         return functional.linear(x, self.C, self.d) + functional.linear(u, self.D)
 
     def certificate(self, **options: Any) -> "wellposed.Certificate":
@@ -167,7 +197,7 @@ class ImplicitModel:
     def _facts(self) -> dict[str, Any]:
         """What the solver may rely on, from the cheap conditions alone."""
         A = self.A.detach()
-        if torch._C._are_functorch_transforms_active():  # values cannot be looked at
+        if inside_transform():  # values cannot be looked at
             return {}
         acyclic = self.phi.entrywise and not bool(torch.tril(A).any())
         norm = float(A.abs().sum(1).amax()) if self.states else 0.0
@@ -184,6 +214,7 @@ class ImplicitModel:
         if not isinstance(f, ImplicitModel):
             return NotImplemented
         g = self
+        _together("g @ f", g, f)
         if g.inputs != f.outputs:
             raise ValueError(
                 f"g @ f: f has {f.outputs} outputs, g takes {g.inputs} inputs; they must be equal."
@@ -204,6 +235,7 @@ class ImplicitModel:
         if not isinstance(g, ImplicitModel):
             return NotImplemented
         f = self
+        _together("f + g", f, g)
         if (f.inputs, f.outputs) != (g.inputs, g.outputs):
             raise ValueError(
                 f"f + g: f maps {f.inputs} -> {f.outputs}, g maps {g.inputs} -> {g.outputs}; "
@@ -229,8 +261,11 @@ class ImplicitModel:
             K: output to input.  # (p, q)
 
         Raises:
+            TypeError: K is no tensor.
             ValueError: K has another shape, or I - D K is singular.
         """
+        if not isinstance(K, Tensor):
+            raise TypeError(f"feedback: K is {type(K).__name__}, expected a matrix.")
         if tuple(K.shape) != (self.inputs, self.outputs):
             raise ValueError(
                 f"feedback: K has shape {tuple(K.shape)}, expected {(self.inputs, self.outputs)}."
@@ -279,7 +314,10 @@ class ImplicitModel:
         order = torch.as_tensor(order, device=self.A.device)
         identity = torch.arange(self.states, device=self.A.device)
         if order.shape != identity.shape or not torch.equal(order.sort().values, identity):
-            raise ValueError(f"permute: expected a permutation of 0..{self.states - 1}.")
+            raise ValueError(
+                f"permute: got {order.tolist()[:8]}{', ...' if order.numel() > 8 else ''}, expected "
+                f"a permutation of 0..{self.states - 1}."
+            )
         return replace(
             self,
             A=self.A[order][:, order],
@@ -292,12 +330,13 @@ class ImplicitModel:
     # ---- files -----------------------------------------------------------------------------------
 
     def save(self, path: "str | os.PathLike[str]") -> None:
-        """Write the model as safetensors, its activation in the JSON header."""
-        from safetensors.torch import save_file
+        """Write the model as safetensors, its activation in the JSON header.
 
-        header = {"version": _VERSION, "phi": self.phi.to_config()}
-        tensors = {name: getattr(self, name).detach().clone().contiguous() for name in _NAMES}
-        save_file(tensors, os.fspath(path), metadata={_FORMAT: json.dumps(header)})
+        Raises:
+            FileNotFoundError: the folder is not there.
+            ValueError: the activation cannot be written so that `load` finds it again.
+        """
+        files.save(self, path)
 
     @staticmethod
     def load(
@@ -306,27 +345,15 @@ class ImplicitModel:
         """Read what `save` wrote; everything is checked before a model is made.
 
         Raises:
+            FileNotFoundError: there is no such file.
             ValueError: not such a file, another version, or tensors that do not fit.
+            RuntimeError: the device is not to be had.
         """
-        from safetensors import SafetensorError, safe_open
-
         try:
-            with safe_open(os.fspath(path), framework="pt", device=str(device)) as file:
-                header = json.loads((file.metadata() or {}).get(_FORMAT, "null"))
-                names = sorted(file.keys())
-                if not isinstance(header, dict) or names != sorted(_NAMES):
-                    raise ValueError(
-                        f"{path}: not a saved ImplicitModel: it holds {names[:8]}, expected "
-                        f"{sorted(_NAMES)} and a header {_FORMAT!r}."
-                    )
-                if header.get("version") != _VERSION:
-                    raise ValueError(
-                        f"{path}: version {header.get('version')!r}, expected {_VERSION}."
-                    )
-                tensors = {name: file.get_tensor(name) for name in _NAMES}
-        except (SafetensorError, json.JSONDecodeError) as error:
-            raise ValueError(f"{path}: not a safetensors file ({error}).") from error
-        return ImplicitModel(**tensors, phi=activations.from_config(header.get("phi")))
+            return ImplicitModel(**files.load(path, device))
+        except (ValueError, TypeError) as error:
+            start = "" if os.fspath(path) in str(error) else f"{os.fspath(path)}: "
+            raise ValueError(f"{start}{error}") from error
 
     @staticmethod
     def from_torchidl(
@@ -374,7 +401,16 @@ class ImplicitModel:
 
 
 def stack(f: ImplicitModel, g: ImplicitModel) -> ImplicitModel:
-    """(y_f, y_g) for the same input."""
+    """(y_f, y_g) for the same input.
+
+    Raises:
+        TypeError: one of them is no ImplicitModel.
+        ValueError: their inputs, dtypes or devices differ.
+    """
+    for model in (f, g):
+        if not isinstance(model, ImplicitModel):
+            raise TypeError(f"stack: got {type(model).__name__}, expected two ImplicitModels.")
+    _together("stack", f, g)
     if f.inputs != g.inputs:
         raise ValueError(f"stack: f takes {f.inputs} inputs, g {g.inputs}; they must be equal.")
     return ImplicitModel(
@@ -386,6 +422,15 @@ def stack(f: ImplicitModel, g: ImplicitModel) -> ImplicitModel:
         d=torch.cat([f.d, g.d]),
         phi=Blocks(parts=f.phi.parts + g.phi.parts),
     )
+
+
+def _together(what: str, f: ImplicitModel, g: ImplicitModel) -> None:
+    """Refuse to promote or to move one of two models without a word."""
+    if (f.A.dtype, f.A.device) != (g.A.dtype, g.A.device):
+        raise ValueError(
+            f"{what}: got {f.A.dtype} on {f.A.device} and {g.A.dtype} on {g.A.device}, expected one "
+            "dtype and device; convert the tensors of one model with .to()."
+        )
 
 
 def _permuted(phi: Blocks, order: list[int]) -> Blocks:
@@ -402,71 +447,3 @@ def _permuted(phi: Blocks, order: list[int]) -> Blocks:
         if not member.entrywise and length != size:
             raise ValueError(f"permute: the {size} states of a {member} block must stay together.")
     return Blocks(parts=tuple((phi.parts[block][0], length) for block, length in runs))
-
-
-# ---- shared with the layers ----------------------------------------------------------------------
-
-
-def check_input(u: Tensor, width: int, like: Tensor, name: str) -> None:
-    """Refuse an input of the wrong kind in one line."""
-    if not isinstance(u, Tensor):
-        raise TypeError(f"{name}: got {type(u).__name__}, expected a tensor (*batch, {width}).")
-    if u.dim() == 0 or u.shape[-1] != width:
-        raise ValueError(f"{name}: got shape {tuple(u.shape)}, expected (*batch, {width}).")
-    if u.dtype != like.dtype:
-        raise ValueError(
-            f"{name}: got {u.dtype}, expected {like.dtype} as the weights; convert with .to()."
-        )
-    if u.device != like.device:
-        raise ValueError(
-            f"{name}: got a tensor on {u.device}, expected {like.device} where the weights are."
-        )
-
-
-def solve_state(
-    A: Tensor,
-    v: Tensor,
-    equation: Equation,
-    x0: Tensor | None,
-    solver: "str | FixedPointSolver",
-    adjoint: "str | AdjointType",
-    on_failure: str,
-    record: bool,
-    bound: "Callable[[Tensor], Tensor] | None" = None,
-) -> Solution:
-    """x = phi(A x + v) over any batch shape, with the error bound where there is one.
-
-    Args:
-        bound: from the residual f(x) - x, in float64, to the bound of each row.
-    """
-    check_on_failure(on_failure)
-    solver, adjoint = get_solver(solver), get_adjoint(adjoint)
-    batch, n = v.shape[:-1], v.shape[-1]
-    if x0 is not None:
-        check_input(x0, n, v, "x0")
-        if x0.shape != v.shape:
-            raise ValueError(f"x0: got shape {tuple(x0.shape)}, expected {tuple(v.shape)}.")
-        x0 = x0.reshape(-1, n)
-    f = equation.map(A, v.reshape(-1, n))
-    solution = adjoint.run(f, x0, solver, record=record)
-    error = None
-    if bound is not None and not torch._C._are_functorch_transforms_active():
-        # The residual in float64: its rounding is then far below what is being bounded.
-        with torch.no_grad():
-            x = solution.value.detach().double()
-            exact = AffineMap(A.detach().double(), f.v.detach().double(), f.phi)
-            error = bound(exact(x) - x).view(batch)
-    stats = dict(solution.stats)
-    if record:
-        frames = stats["trajectory"]
-        stats["trajectory"] = frames.view(len(frames), *batch, n)
-    return replace(
-        solution,
-        value=solution.value.view(*batch, n),
-        codes=solution.codes.view(batch),
-        residual=solution.residual.view(batch),
-        steps=solution.steps.view(batch),
-        image=None if solution.image is None else solution.image.view(*batch, n),
-        error_bound=error,
-        stats=stats,
-    ).check(on_failure)

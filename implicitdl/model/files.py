@@ -1,0 +1,68 @@
+"""A model as a file: safetensors, with the activation in the JSON header."""
+
+import json
+import os
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from .. import activations
+
+if TYPE_CHECKING:
+    from . import ImplicitModel
+
+_FORMAT = "implicitdl.ImplicitModel"
+_VERSION = 1
+_NAMES = ("A", "B", "C", "D", "b", "d")
+
+
+def save(model: "ImplicitModel", path: "str | os.PathLike[str]") -> None:
+    """See `ImplicitModel.save`."""
+    from safetensors.torch import save_file
+
+    name = os.fspath(path)
+    folder = os.path.dirname(name) or "."
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{name}: there is no folder {folder}.")
+    header = {"version": _VERSION, "phi": model.phi.to_config()}
+    try:
+        text = json.dumps(header)
+        known = activations.from_config(json.loads(text)["phi"]) == model.phi
+    except (TypeError, ValueError):
+        known = False
+    if not known:
+        raise ValueError(
+            f"{name}: {model.activation} cannot be written to a file: make it a registered "
+            "dataclass of plain numbers."
+        )
+    tensors = {name: getattr(model, name).detach().clone().contiguous() for name in _NAMES}
+    save_file(tensors, name, metadata={_FORMAT: text})
+
+
+def load(path: "str | os.PathLike[str]", device: "str | torch.device") -> dict[str, Any]:
+    """The arguments of the model that the file holds; see `ImplicitModel.load`."""
+    from safetensors import SafetensorError, safe_open
+
+    name = os.fspath(path)
+    where = torch.device(device)
+    try:
+        with safe_open(name, framework="pt", device="cpu") as file:
+            text = (file.metadata() or {}).get(_FORMAT)
+            names = sorted(file.keys())
+            if text is None or names != sorted(_NAMES):
+                raise ValueError(
+                    f"not a saved ImplicitModel: it holds {names[:8]} and "
+                    f"{'a' if text is not None else 'no'} header {_FORMAT!r}, expected "
+                    f"{sorted(_NAMES)} and one."
+                )
+            header = json.loads(text)
+            if not isinstance(header, dict) or header.get("version") != _VERSION:
+                got = header.get("version") if isinstance(header, dict) else header
+                raise ValueError(f"version {got!r}, expected {_VERSION}.")
+            phi = activations.from_config(header.get("phi"))
+            tensors = {name: file.get_tensor(name).to(where) for name in _NAMES}
+        return {**tensors, "phi": phi}
+    except SafetensorError as error:
+        raise ValueError(f"{name}: not a safetensors file ({error}).") from error
+    except (ValueError, TypeError, KeyError, RecursionError) as error:
+        raise ValueError(f"{name}: {error}") from error
