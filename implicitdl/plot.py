@@ -97,13 +97,14 @@ def convergence(
 ) -> "Figure":
     """||x_{k+1} - x_k|| against k for each sample, with the median and the certified rate.
 
-    For a Picard solve that is the residual ||f(x_k) - x_k||. On a contraction with factor c the
-    residual of every sample falls below c^k times its first one; the line drawn is c^k times the
-    largest first residual, so no curve may cross it.
+    For a solve by plain Picard steps that is the residual ||f(x_k) - x_k||. On a contraction with
+    factor c the residual of every sample falls below c^k times its first one; the line drawn is c^k
+    times the largest first residual, so no curve may cross it. Other solvers take other steps: for
+    them the curves are step lengths, the certificate says nothing about these, and no line is drawn.
 
     Args:
         solution: a solve with `record=True`.
-        contraction: a certified factor c, such as `Certificate.contraction`.
+        contraction: a certified factor c, such as `Certificate.contraction`, for a Picard solve.
         weights: v > 0 of the norm max_i |x_i| / v_i, such as `Certificate.weights`; ones if
             None.  # (n,)
         samples: thin lines at most, evenly spread over the batch; the median is over all.
@@ -131,7 +132,10 @@ def convergence(
         lw=2.2,
         label="median",
     )
-    if contraction is not None:
+    # The solver and those that took over from it; an undamped Picard step is f itself.
+    solvers = solution.stats.get("tried", (solution.stats.get("solver", "unknown solver"),))
+    plain_steps = tuple(solvers) == ("Picard",)
+    if contraction is not None and plain_steps:
         first = float(lengths[0].nan_to_num(nan=0.0).max())
         bound = [first * contraction**k for k in steps]
         label = rf"certified: factor {contraction:.3g} a step"
@@ -143,10 +147,12 @@ def convergence(
         ax.set_ylim(float(finite.min()) / 3, float(finite.max()) * 3)
     plain = weights is None or bool((weights == 1).all())
     norm = r"\infty" if plain else "v"
-    ax.set(xlabel="step k", ylabel=rf"residual  $\|x_{{k+1}} - x_k\|_{{{norm}}}$")
+    what = "residual" if plain_steps else "step"
+    ax.set(xlabel="step k", ylabel=rf"{what}  $\|x_{{k+1}} - x_k\|_{{{norm}}}$")
     ax.xaxis.get_major_locator().set_params(integer=True)
     _finish(ax)
-    ax.set_title("convergence of the states", loc="left")
+    kind = str(solution.value.dtype).removeprefix("torch.")
+    ax.set_title(f"convergence of the states: {', '.join(solvers)}, {kind}", loc="left")
     ax.legend(frameon=False, loc="lower left")
     return ax.get_figure()
 
@@ -165,8 +171,11 @@ def matrix(
         The figure.
 
     Raises:
+        TypeError: A is no tensor.
         ValueError: A is not a matrix with entries.
     """
+    if not isinstance(A, Tensor):
+        raise TypeError(f"A: got {type(A).__name__}, expected a tensor (n, n).")
     if A.dim() != 2 or A.numel() == 0:
         raise ValueError(f"A: got shape {tuple(A.shape)}, expected a matrix (n, n) with n >= 1.")
     size = A.detach().abs().to("cpu", torch.float64)

@@ -1069,3 +1069,14 @@ def test_blocks_that_do_not_fit_are_refused_at_construction():
         Picard(rtol="a")
     with pytest.raises(ValueError, match="max_steps=True"):
         Picard(max_steps=True)
+
+
+def test_the_rnn_says_what_it_takes_and_what_is_proved_of_it():
+    rnn = ImplicitRNN(P, 4, 6)
+    assert rnn.certificate().well_posed and rnn.model().states == 6
+    u, h = randn(2, P), randn(2, 4)
+    assert torch.allclose(rnn.model()(torch.cat([u, h], 1)), rnn(u[None], h[None])[1][0], atol=1e-9)
+    with pytest.raises(ValueError, match="at least one time step"):
+        rnn(torch.zeros(0, 2, P))
+    with pytest.raises(TypeError, match="input: got list"):
+        rnn([1.0])

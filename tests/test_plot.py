@@ -7,10 +7,10 @@ import pytest
 import torch
 
 from implicitdl import plot
-from implicitdl.activations import get_activation
+from implicitdl.activations import Identity, get_activation
 from implicitdl.maps import AffineMap
 from implicitdl.solution import Solution
-from implicitdl.solvers import Picard
+from implicitdl.solvers import Anderson, NewtonPicard, Picard
 
 
 @pytest.fixture
@@ -134,3 +134,17 @@ def test_no_window_system_is_touched(solution: Solution) -> None:
     assert sys.modules.get("matplotlib.pyplot") is before
     if before is not None:
         assert before.get_fignums() == []
+
+
+def test_no_certified_line_where_the_steps_are_not_residuals() -> None:
+    """An Anderson step may be longer than the contraction allows a residual to be."""
+    f = AffineMap(0.5 * torch.eye(3), torch.ones(2, 3), Identity(), contraction=0.5)
+    for solver, drawn in ((Picard(), True), (Anderson(), False), (NewtonPicard(), False)):
+        solution = solver.solve(f, torch.zeros(2, 3), record=True)
+        (ax,) = plot.convergence(solution, 0.5).axes
+        labels = [line.get_label() for line in ax.get_lines()]
+        assert any("certified" in str(label) for label in labels) == drawn, solver
+        assert ("residual" in ax.get_ylabel()) == drawn
+        assert solver.name in ax.get_title(loc="left") and "float" in ax.get_title(loc="left")
+    with pytest.raises(TypeError, match="A: got list"):
+        plot.matrix([[1.0]])

@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..model import ImplicitModel
+from ..wellposed import Certificate
 from .affine import ImplicitLayer
 
 
@@ -45,13 +47,23 @@ class ImplicitRNN(nn.Module):
 
         Returns:
             (output, h_n), shaped as the arguments.
+
+        Raises:
+            ConvergenceError: a sample did not converge at some time step.
+            TypeError, ValueError: input or h0 is no tensor, or of another shape.
         """
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input: got {type(input).__name__}, expected a tensor.")
         if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
             raise ValueError(
                 f"input: got shape {tuple(input.shape)}, expected (time, batch, {self.input_size})"
                 f" or (time, {self.input_size}); with batch_first the batch comes first."
             )
         batched = input.dim() == 3
+        if input.shape[1 if batched and self.batch_first else 0] == 0:
+            raise ValueError(
+                f"input: got shape {tuple(input.shape)}, expected at least one time step."
+            )
         steps = input.unbind(1 if batched and self.batch_first else 0)
         shape = (*input.shape[1:-1], self.hidden_size)
         if batched and self.batch_first:
@@ -67,3 +79,11 @@ class ImplicitRNN(nn.Module):
             outputs.append(h)
         time = 1 if batched and self.batch_first else 0
         return torch.stack(outputs, dim=time), h[None]
+
+    def certificate(self, **options: Any) -> Certificate:
+        """What can be proved of the cell: see `implicitdl.wellposed.certificate`."""
+        return self.cell.certificate(**options)
+
+    def model(self) -> ImplicitModel:
+        """The cell as an ImplicitModel from (u_t, h_(t-1)) to h_t."""
+        return self.cell.model()
