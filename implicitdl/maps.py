@@ -291,8 +291,7 @@ class AffineMap:
         """The map of some of the samples; None where A differs between samples."""
         if self.A.dim() != 2:
             return None
-        phi = self.phi.rows(index) if isinstance(self.phi, Scaled) else self.phi
-        return replace(self, v=self.v[index], phi=phi)
+        return replace(self, v=self.v[index], phi=self.phi.rows(index))
 
 
 @dataclass(frozen=True, eq=False)

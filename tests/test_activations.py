@@ -838,3 +838,56 @@ def test_speed_critical_members_are_bare():
         ["aten::relu"],
     )
     assert Identity()(z) is z
+
+
+# --- the derivative told by the value
+
+
+TOLD = [Identity(), ReLU(), LeakyReLU(), LeakyReLU(negative_slope=0.3), ELU(), ELU(alpha=0.7),
+        HardTanh(), HardTanh(low=-0.5, high=2.0), Sigmoid(), Tanh(), Softplus(), SoftShrink(),
+        Softmax(), Blocks(parts=((ReLU(), 3), (Softmax(), 4), (Tanh(), 3)))]  # fmt: skip
+UNTOLD = [SiLU(), GELU(), LeakyReLU(negative_slope=-0.2), LeakyReLU(negative_slope=0.0),
+          Blocks(parts=((ReLU(), 5), (GELU(), 5)))]  # fmt: skip
+
+
+@pytest.mark.parametrize("phi", TOLD, ids=str)
+def test_the_value_tells_the_derivative(phi):
+    z = 3 * torch.randn(200, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    z = z.masked_fill((z.abs() - 1).abs() < 1e-3, 0.7)  # away from kinks
+    x = phi(z)
+    assert torch.allclose(phi.derivative_at(x), phi.derivative(z), atol=1e-12)
+    # As a function of z it has the second derivative, too.
+    z.requires_grad_()
+    weights = torch.randn(z.shape, generator=torch.Generator().manual_seed(2), dtype=z.dtype)
+    told, known = phi.derivative_at(phi(z)), phi.derivative(z)
+    zero = 0 * z.sum()  # piecewise linear ones have none
+    got, expected = (
+        torch.autograd.grad((d * weights).sum() + zero, z, retain_graph=True)[0]
+        for d in (told, known)
+    )
+    assert torch.allclose(got, expected, atol=1e-9)
+
+
+@pytest.mark.parametrize("phi", UNTOLD, ids=str)
+def test_where_the_value_does_not_tell_there_is_no_formula(phi):
+    assert phi.derivative_at(phi(torch.linspace(-3, 3, 10))) is None
+
+
+def test_who_is_linear():
+    for phi in [*TOLD, *UNTOLD]:
+        z, w = torch.randn(2, 10, 10, generator=torch.Generator().manual_seed(3))
+        additive = torch.allclose(phi(z + w), phi(z) + phi(w), atol=1e-5)
+        assert phi.linear == additive, phi
+    assert Blocks(parts=((Identity(), 2), (Identity(), 3))).linear
+
+
+def test_negative_steps_of_a_prox_are_refused_as_tensors_too():
+    for t in (torch.tensor(-1.0), torch.tensor([1.0, 0.0]), -1.0, 0.0):
+        with pytest.raises(ValueError, match="expected a positive finite step"):
+            Tanh().prox(torch.zeros(2), t)
+
+
+def test_an_unknown_name_lists_each_name_once():
+    with pytest.raises(ValueError) as error:
+        get_activation("rellu")
+    assert str(error.value).count("'relu'") == 2 and "'ReLU'" not in str(error.value)

@@ -127,6 +127,10 @@ class Activation(abc.ABC):
         """phi'(z) from x = phi(z), a formula in x; None where x does not tell it."""
         return None
 
+    def rows(self, index: Tensor) -> "Activation":
+        """phi for some of the samples: itself, unless it holds something for each of them."""
+        return self
+
     def product(self, d: Tensor, w: Tensor) -> Tensor:
         """J w for the Jacobian J that d = `derivative(z)` stands for; J is symmetric."""
         return d * w
