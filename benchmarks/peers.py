@@ -346,7 +346,8 @@ def competitors(solvers: bool = False) -> list[Competitor]:
     """
     rows: list[Competitor] = [Ours()]
     if solvers:
-        names = ["picard", "anderson", "broyden", "newton", "forward_backward", "peaceman_rachford"]
+        names = ["picard", "newton_picard", "anderson", "broyden", "newton", "forward_backward",
+                 "peaceman_rachford"]  # fmt: skip
         rows += [Ours(name) for name in names]
     rows += [
         TorchDEQ("anderson", TUNED),

@@ -190,8 +190,16 @@ def test_operators_name_what_does_not_fit():
         (lambda: f + g, "f + g: f maps 3 -> 2, g maps 4 -> 2"),
         (lambda: stack(f, g), "stack: f takes 3 inputs, g 4"),
         (lambda: f.feedback(torch.zeros(2, 3)), "feedback: K has shape (2, 3), expected (3, 2)"),
-        (lambda: f.permute([0, 1, 2, 3]), "expected a permutation of 0..4"),
-        (lambda: f.permute([0, 1, 2, 3, 3]), "expected a permutation of 0..4"),
+        (lambda: f.permute([0, 1, 2, 3]), "got [0, 1, 2, 3], expected a permutation of 0..4"),
+        (lambda: f.permute([0, 1, 2, 3, 3]), "got [0, 1, 2, 3, 3], expected a permutation of 0..4"),
+        (
+            lambda: f.permute(torch.tensor([1.0, 0, 2, 3, 4])),
+            "got [1.0, 0.0, 2.0, 3.0, 4.0], expected",
+        ),
+        (lambda: f.permute([True, False, 2, 3, 4]), "got [True, False, 2, 3, 4], expected"),
+        (lambda: f.permute("abcde"), "got ['a', 'b', 'c', 'd', 'e'], expected"),
+        (lambda: f.permute(3), "got [3], expected a permutation"),
+        (lambda: f.permute(range(9)), "got [0, 1, 2, 3, 4, 5, 6, 7, ...], expected a permutation"),
     ):
         with pytest.raises(ValueError) as error:
             act()
@@ -374,6 +382,13 @@ FILES = {
         parts(), path, metadata={"implicitdl.ImplicitModel": "[]"}
     ),
     "later version": lambda path: save_file(parts(), path, metadata=header(version=2)),
+    "true version": lambda path: save_file(parts(), path, metadata=header(version=True)),
+    "integers": lambda path: save_file(
+        {k: t.long() for k, t in parts().items()}, path, metadata=header()
+    ),
+    "scalars": lambda path: save_file(
+        {k: torch.ones(()) for k in "ABCDbd"}, path, metadata=header()
+    ),
     "unknown phi": lambda path: save_file(parts(), path, metadata=header(phi={"name": "Relu6"})),
     "no phi": lambda path: save_file(parts(), path, metadata=header(phi=None)),
     "phi without a name": lambda path: save_file(parts(), path, metadata=header(phi={})),
@@ -400,7 +415,7 @@ def test_damaged_and_foreign_files_are_refused(tmp_path, kind):
     FILES[kind](path)
     with pytest.raises(ValueError) as error:
         ImplicitModel.load(path)
-    assert len(str(error.value)) > 20
+    assert str(path) in str(error.value) and len(str(error.value)) > len(str(path)) + 10
 
 
 def test_what_a_refusal_says(tmp_path):
@@ -460,13 +475,10 @@ def test_a_softmax_triangle_is_not_acyclic():
 # --- what a fresh reader broke
 
 
-def exact_distance(A, v, x):
-    """max |x - x*| for x* = A x* + v, in rational arithmetic."""
-    n = len(v)
-    A = [[Fraction(a) for a in row] for row in A.tolist()]
-    rows = [
-        [Fraction(int(i == j)) - A[i][j] for j in range(n)] + [Fraction(v[i])] for i in range(n)
-    ]
+def exact_solution(M, c):
+    """x with M x = c, in rational arithmetic."""
+    n = len(c)
+    rows = [[*row, right] for row, right in zip(M, c, strict=True)]
     for i in range(n):
         pivot = next(k for k in range(i, n) if rows[k][i])
         rows[i], rows[pivot] = rows[pivot], rows[i]
@@ -474,25 +486,69 @@ def exact_distance(A, v, x):
         for k in range(n):
             if k != i:
                 rows[k] = [a - rows[k][i] * b for a, b in zip(rows[k], rows[i], strict=True)]
-    return max(abs(row[-1] - Fraction(xi)) for row, xi in zip(rows, x, strict=True))
+    return [row[-1] for row in rows]
 
 
-@pytest.mark.parametrize("seed", range(40))
-def test_the_error_bound_covers_rounding(seed):
-    """Identity and D = 0: x* is a rational number, and so is its distance from what was solved."""
-    n = 1 + seed % 5
-    A = row_sums(randn(n, n, seed=seed), 0.3 + 0.1 * (seed % 6))
-    m = ImplicitModel(A, torch.eye(n), torch.eye(n), phi="identity")
+def exact_state(A, v, on):
+    """The x of x_i = (A x + v)_i where `on`, else 0; and A x + v, both in rational arithmetic."""
+    A, v, n = [[Fraction(a) for a in row] for row in A], [Fraction(a) for a in v], len(v)
+    M = [[Fraction(i == j) - (A[i][j] if on[i] else 0) for j in range(n)] for i in range(n)]
+    x = exact_solution(M, [v[i] if on[i] else Fraction(0) for i in range(n)])
+    return x, [sum((a * b for a, b in zip(row, x, strict=True)), w) for row, w in zip(A, v)]  # noqa: B905
+
+
+@pytest.mark.parametrize("phi", ["identity", "relu"])
+@pytest.mark.parametrize("seed", range(60))
+def test_the_error_bound_covers_rounding(seed, phi):
+    """x* is a rational number, piece by piece of phi, and so is its distance from what was found."""
+    n = 1 + seed % 6
+    A = row_sums(randn(n, n, seed=seed), 0.3 + 0.1 * (seed % 7))
+    m = ImplicitModel(A, torch.eye(n), torch.eye(n), phi=phi)
     u = randn(4, n, seed=seed + 100)
     solution = m.solve(u, solver="newton" if seed % 2 else "picard")
-    assert solution.error_bound.shape == (4,)
-    report = m.certificate(refute=False)
-    for k in range(4):
-        x = solution.value[k].tolist()
-        distance = exact_distance(A, u[k].tolist(), x)
-        # max |e_i| <= max_i v_i times the weighted norm
-        assert distance <= Fraction(float(solution.error_bound[k]) * float(report.weights.max()))
-        assert float(solution.error_bound[k]) < 1e-9
+    weights = m.certificate(refute=False).weights.tolist()
+    assert solution.error_bound.shape == (4,) and float(solution.error_bound.max()) < 1e-9
+    for x, v, bound in zip(solution.value.tolist(), u.tolist(), solution.error_bound, strict=True):
+        on = [phi == "identity" or xi > 0 for xi in x]
+        exact, s = exact_state(A.tolist(), v, on)
+        if phi == "relu":  # the pieces were right: this is the one equilibrium
+            assert all((si > 0) == o for si, o in zip(s, on, strict=True))
+        pairs = zip(x, exact, weights, strict=True)
+        distance = max(abs(Fraction(a) - b) / Fraction(w) for a, b, w in pairs)
+        assert distance <= Fraction(float(bound))
+
+
+def test_the_allowance_for_rounding_is_of_the_size_of_rounding():
+    """A bound that is true because it is huge would be of no use."""
+    m = model(n=30, kappa=0.6)
+    solution = m.solve(randn(8, 3), solver=TIGHT)
+    assert float(solution.error_bound.max()) < 1e-12 * float(solution.value.detach().abs().max())
+
+
+def test_the_error_bound_of_a_sample_without_a_solution_is_infinite():
+    u = randn(3, 3)
+    u[1, 0] = torch.nan
+    bound = model().solve(u, on_failure="return").error_bound
+    assert bound.isinf().tolist() == [False, True, False]
+
+
+@pytest.mark.parametrize("phi", ["softmax", "tanh"])
+def test_the_error_bound_of_float32_is_that_of_its_solve(phi):
+    """Against the same equation solved in float64."""
+    A = row_sums(randn(12, 12), 0.7).float()
+    B, C = randn(12, 3, seed=1).float(), torch.eye(12).float()
+    u = randn(20, 3, seed=2).float()
+    m = ImplicitModel(A, B, C, phi=phi)
+    solution = m.solve(u)
+    v = torch.nn.functional.linear(u, B, m.b).double()
+    x = torch.zeros(20, 12)
+    for _ in range(200):
+        x = m.phi(x @ A.double().mT + v)
+    if solution.error_bound is not None:
+        distance = m.certificate(refute=False).measure(solution.value.double() - x)
+        assert bool((distance <= solution.error_bound).all())
+        assert float(solution.error_bound.max()) < 1e-4
+    assert (solution.error_bound is None) == (phi == "softmax")
 
 
 def test_no_bound_without_a_certificate():
@@ -518,6 +574,11 @@ def test_models_of_different_kinds_are_not_mixed():
         stack(m, 3)
     with pytest.raises(TypeError, match="K is list"):
         m.feedback([[0.0]])
+    for K in (torch.zeros(3, 2).float(), torch.zeros(3, 2, device="meta")):
+        with pytest.raises(
+            ValueError, match=r"feedback: K is .*expected torch.float64 on cpu as A"
+        ):
+            m.feedback(K)
     with pytest.raises(TypeError, match="b is float"):
         ImplicitModel(m.A, m.B, m.C, b=0.0)
     with pytest.raises(ValueError, match="at least one state"):
@@ -535,12 +596,20 @@ def test_a_model_in_half_precision_and_under_autocast_is_solved_in_full():
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.allclose(single.solve(u.float()).value, expected, atol=1e-5)
         assert single(u.float()).shape == (4, m.outputs)
+        for other in (m, single, half):  # an input of a layer before, in autocast's dtype
+            assert other(u.bfloat16()).shape == (4, m.outputs)
+        A = single.A.clone().requires_grad_()
+        ImplicitModel(A, *tensors(single)[1:])(u.float()).float().square().sum().backward()
+    inside, A.grad = A.grad, None
+    ImplicitModel(A, *tensors(single)[1:])(u.float()).square().sum().backward()
+    assert torch.allclose(inside, A.grad, rtol=0.05, atol=0.05)
 
 
 @pytest.mark.parametrize("phi", [
     {"name": ["a"]}, {"name": "HardTanh", "low": "a"}, {"name": "ReLU", "x": 1}, 3, None,
     {"name": "Blocks", "parts": "ab"}, {"name": "Blocks", "parts": [[{"name": "ReLU"}, True]]},
     {"name": "Blocks", "parts": [[{"name": "ReLU"}, 5, 6]]}, {"name": "LeakyReLU", "negative_slope": None},
+    {"name": "ELU", "alpha": 10**400}, {"name": "LeakyReLU", "negative_slope": float("nan")},
 ], ids=str)  # fmt: skip
 def test_a_malicious_header_is_refused_by_name(phi, tmp_path):
     from safetensors.torch import save_file
@@ -573,7 +642,11 @@ def test_save_refuses_what_load_could_not_read(tmp_path):
     with pytest.raises(FileNotFoundError, match="no folder"):
         m.save(tmp_path / "missing" / "a.safetensors")
     m.save(tmp_path / "a.safetensors")
-    with pytest.raises(RuntimeError, match="cpuu"):
-        ImplicitModel.load(tmp_path / "a.safetensors", device="cpuu")
+    for device in ("cpuu", "cuda:99", ["cpu"]):
+        with pytest.raises(ValueError, match="device: got .*expected a device of this machine"):
+            ImplicitModel.load(tmp_path / "a.safetensors", device=device)
+    for act in (m.save, ImplicitModel.load):
+        with pytest.raises(IsADirectoryError, match="it is a folder"):
+            act(tmp_path)
     with pytest.raises(FileNotFoundError):
         ImplicitModel.load(tmp_path / "b.safetensors")

@@ -3,8 +3,9 @@
 Reference: El Ghaoui, Gu, Travacca, Askari, Tsai (2021), section 3 and appendix on composition.
 """
 
+import operator
 import os
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,7 +47,8 @@ class ImplicitModel:
         phi: an activation, `Blocks` of them, or a name.
 
     Raises:
-        ValueError: shapes, dtypes or devices do not fit together.
+        TypeError: one of A, B, C, D, b, d is no tensor.
+        ValueError: shapes, dtypes or devices do not fit together, or phi is unknown.
 
     Example:
         >>> import torch
@@ -163,7 +165,9 @@ class ImplicitModel:
 
         Raises:
             ConvergenceError: a sample did not converge and `on_failure="raise"`.
-            ValueError: u or x0 has another width, dtype or device than the model.
+            TypeError: u or x0 is no tensor.
+            ValueError: u or x0 has another width, dtype or device than the model, or an option is
+                unknown.
         """
         u = self._accept(u)
         work = torch.promote_types(self.A.dtype, torch.float32)
@@ -186,7 +190,19 @@ class ImplicitModel:
         return u
 
     def __call__(self, u: Tensor, **options: Any) -> Tensor:
-        """y = C x + D u + d.  # (*batch, p) -> (*batch, q)"""
+        """y = C x + D u + d at the state x of `solve`.
+
+        Args:
+            u: inputs.  # (*batch, p)
+            options: of `solve`.
+
+        Returns:
+            outputs.  # (*batch, q)
+
+        Raises:
+            ConvergenceError, TypeError, ValueError: as `solve`.
+        """
+        u = self._accept(u)
         x = self.solve(u, **options).value.to(self.A.dtype)
         return functional.linear(x, self.C, self.d) + functional.linear(u, self.D)
 
@@ -210,7 +226,13 @@ class ImplicitModel:
     # ---- the algebra -----------------------------------------------------------------------------
 
     def __matmul__(self, f: "ImplicitModel") -> "ImplicitModel":
-        """The cascade u -> f -> self; its states are those of self, then those of f."""
+        """The cascade u -> f -> self; its states are those of self, then those of f.
+
+        Raises:
+            TypeError: f is no ImplicitModel.
+            ValueError: f has another number of outputs than self has inputs, or another dtype or
+                device.
+        """
         if not isinstance(f, ImplicitModel):
             return NotImplemented
         g = self
@@ -231,7 +253,12 @@ class ImplicitModel:
         )
 
     def __add__(self, g: "ImplicitModel") -> "ImplicitModel":
-        """y_f + y_g for the same input."""
+        """y_f + y_g for the same input.
+
+        Raises:
+            TypeError: g is no ImplicitModel.
+            ValueError: inputs, outputs, dtypes or devices differ.
+        """
         if not isinstance(g, ImplicitModel):
             return NotImplemented
         f = self
@@ -262,13 +289,18 @@ class ImplicitModel:
 
         Raises:
             TypeError: K is no tensor.
-            ValueError: K has another shape, or I - D K is singular.
+            ValueError: K has another shape, dtype or device, or I - D K is singular.
         """
         if not isinstance(K, Tensor):
             raise TypeError(f"feedback: K is {type(K).__name__}, expected a matrix.")
         if tuple(K.shape) != (self.inputs, self.outputs):
             raise ValueError(
                 f"feedback: K has shape {tuple(K.shape)}, expected {(self.inputs, self.outputs)}."
+            )
+        if (K.dtype, K.device) != (self.A.dtype, self.A.device):
+            raise ValueError(
+                f"feedback: K is {K.dtype} on {K.device}, expected {self.A.dtype} on "
+                f"{self.A.device} as A; convert with .to()."
             )
         eye = torch.eye(self.outputs, dtype=K.dtype, device=K.device)
         M, info = torch.linalg.inv_ex(eye - self.D @ K)
@@ -311,20 +343,25 @@ class ImplicitModel:
         Raises:
             ValueError: not a permutation, or one that takes a softmax block apart.
         """
-        order = torch.as_tensor(order, device=self.A.device)
-        identity = torch.arange(self.states, device=self.A.device)
-        if order.shape != identity.shape or not torch.equal(order.sort().values, identity):
+        given = order.tolist() if isinstance(order, Tensor) else order
+        given = list(given) if isinstance(given, Iterable) else [given]
+        try:
+            new = [-1 if isinstance(i, bool) else operator.index(i) for i in given]
+        except TypeError:
+            new = [-1]
+        if sorted(new) != list(range(self.states)):
+            shown = ", ".join(map(repr, given[:8])) + (", ..." if len(given) > 8 else "")
             raise ValueError(
-                f"permute: got {order.tolist()[:8]}{', ...' if order.numel() > 8 else ''}, expected "
-                f"a permutation of 0..{self.states - 1}."
+                f"permute: got [{shown}], expected a permutation of 0..{self.states - 1}."
             )
+        at = torch.tensor(new, device=self.A.device)
         return replace(
             self,
-            A=self.A[order][:, order],
-            B=self.B[order],
-            C=self.C[:, order],
-            b=self.b[order],
-            phi=_permuted(self.phi, order.tolist()),
+            A=self.A[at][:, at],
+            B=self.B[at],
+            C=self.C[:, at],
+            b=self.b[at],
+            phi=_permuted(self.phi, new),
         )
 
     # ---- files -----------------------------------------------------------------------------------
@@ -334,6 +371,7 @@ class ImplicitModel:
 
         Raises:
             FileNotFoundError: the folder is not there.
+            IsADirectoryError: the path is that of a folder.
             ValueError: the activation cannot be written so that `load` finds it again.
         """
         files.save(self, path)
@@ -346,9 +384,11 @@ class ImplicitModel:
 
         Raises:
             FileNotFoundError: there is no such file.
-            ValueError: not such a file, another version, or tensors that do not fit.
-            RuntimeError: the device is not to be had.
+            IsADirectoryError: the path is that of a folder.
+            ValueError: not such a file, another version, or tensors that do not fit; the message
+                names the file. Or a device that is not to be had.
         """
+        device = files.checked_device(device)
         try:
             return ImplicitModel(**files.load(path, device))
         except (ValueError, TypeError) as error:

@@ -21,6 +21,7 @@ def save(model: "ImplicitModel", path: "str | os.PathLike[str]") -> None:
     from safetensors.torch import save_file
 
     name = os.fspath(path)
+    _refuse_folder(name)
     folder = os.path.dirname(name) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{name}: there is no folder {folder}.")
@@ -39,12 +40,31 @@ def save(model: "ImplicitModel", path: "str | os.PathLike[str]") -> None:
     save_file(tensors, name, metadata={_FORMAT: text})
 
 
-def load(path: "str | os.PathLike[str]", device: "str | torch.device") -> dict[str, Any]:
+def _refuse_folder(name: str) -> None:
+    if os.path.isdir(name):
+        raise IsADirectoryError(f"{name}: it is a folder, expected the path of a file.")
+
+
+def checked_device(device: "str | torch.device") -> torch.device:
+    """The device, if a tensor can be made there."""
+    try:
+        return torch.empty(0, device=device).device
+    except (RuntimeError, AssertionError, TypeError, ValueError) as error:  # by backend
+        raise ValueError(
+            f"device: got {device!r}, expected a device of this machine ({_first(error)})."
+        ) from error
+
+
+def _first(error: Exception) -> str:
+    return str(error).partition("\n")[0].rstrip(".")
+
+
+def load(path: "str | os.PathLike[str]", device: torch.device) -> dict[str, Any]:
     """The arguments of the model that the file holds; see `ImplicitModel.load`."""
     from safetensors import SafetensorError, safe_open
 
     name = os.fspath(path)
-    where = torch.device(device)
+    _refuse_folder(name)
     try:
         with safe_open(name, framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get(_FORMAT)
@@ -56,13 +76,13 @@ def load(path: "str | os.PathLike[str]", device: "str | torch.device") -> dict[s
                     f"{sorted(_NAMES)} and one."
                 )
             header = json.loads(text)
-            if not isinstance(header, dict) or header.get("version") != _VERSION:
-                got = header.get("version") if isinstance(header, dict) else header
-                raise ValueError(f"version {got!r}, expected {_VERSION}.")
+            version = header.get("version") if isinstance(header, dict) else header
+            if type(version) is not int or version != _VERSION or not isinstance(header, dict):
+                raise ValueError(f"version {version!r}, expected {_VERSION}.")
             phi = activations.from_config(header.get("phi"))
-            tensors = {name: file.get_tensor(name).to(where) for name in _NAMES}
+            tensors = {name: file.get_tensor(name).to(device) for name in _NAMES}
         return {**tensors, "phi": phi}
     except SafetensorError as error:
         raise ValueError(f"{name}: not a safetensors file ({error}).") from error
-    except (ValueError, TypeError, KeyError, RecursionError) as error:
+    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(f"{name}: {error}") from error

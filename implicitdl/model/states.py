@@ -59,7 +59,9 @@ def solve_state(
     if bound is not None and not inside_transform():
         with torch.no_grad():
             error = bound(_residual_at_most(A, f, solution.value)).view(batch)
-            error = error * (1 + 16 * torch.finfo(torch.float64).eps)
+            # A norm over n states and a product, rounded up; of NaN nothing is known.
+            error = error * (1 + (n + 16) * torch.finfo(torch.float64).eps)
+            error = error.nan_to_num(nan=torch.inf, posinf=torch.inf)
     stats = dict(solution.stats)
     if record:
         frames = stats["trajectory"]
@@ -81,13 +83,15 @@ def _residual_at_most(A: Tensor, f: AffineMap, x: Tensor) -> Tensor:
     rounding of the sum, of phi and of the difference.
 
     A sum of n + 1 terms is off by at most (n + 2) eps sum |terms| (Higham 2002, section 3.1); phi
-    passes that on with its Lipschitz constant and adds a few roundings of its own.
+    passes that on with its Lipschitz constant and adds a few roundings of its own. What underflows
+    is off by the smallest normal number at most.
     """
-    eps = torch.finfo(torch.float64).eps
+    eps, tiny = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
     A, v, x = A.detach().double(), f.v.detach().double(), x.detach().double()
     fx = AffineMap(A, v, f.phi)(x)
     size = x.abs() @ A.abs().mT + v.abs()
-    slack = eps * ((A.shape[-1] + 4) * f.phi.infinity_lipschitz * size + 8 * fx.abs() + x.abs())
-    if not f.phi.entrywise:  # a block's entries share the errors of all of them
+    n, own = A.shape[-1], 8 if f.phi.entrywise else A.shape[-1] + 8
+    slack = (n + 4) * f.phi.lipschitz * (eps * size + tiny) + eps * (own * fx.abs() + x.abs())
+    if not f.phi.entrywise:  # the constant is that of the 2-norm, which the sum bounds
         slack = slack.sum(-1, keepdim=True).expand_as(slack)
     return (fx - x).abs() + slack

@@ -19,7 +19,7 @@ from .splittings import PeacemanRachford
 
 @dataclass(frozen=True, kw_only=True)
 class Auto(FixedPointSolver):
-    """Chooses by what is declared of the map and by four products of A with one vector.
+    """Chooses by what is declared of the map and by a few products of A with one vector.
 
     - A strictly triangular: Picard, exact after at most n steps.
     - one A for the batch: the power method tells how fast plain steps converge, and how fast once
@@ -32,8 +32,8 @@ class Auto(FixedPointSolver):
 
     The choice depends on A and on the size of the batch, not on the values in it. A solver that has
     used up its budget hands the unfinished samples, each from the better of its start and its last
-    iterate, to the next: Anderson, then Newton, both once more, until `max_steps`. `stats` say which solvers ran,
-    and the reason for the first.
+    iterate, to the next: Anderson, then Newton, both once more, until `max_steps`. `stats` say which
+    solvers ran, and the reason for the first.
     """
 
     # Most steps that a linear rate, measured on A, may need: beyond, an accelerated method wins.
