@@ -82,7 +82,7 @@ class Search:
         candidates = [chosen] if chosen is not None else who.candidates(problem)
         best: Result | None = None
         failed = Result(who.name, who.ours, who.tier, missed="nothing to tune")
-        end = time.perf_counter() + 3 * limit
+        end = time.perf_counter() + 2 * limit
         for options in candidates:
             if time.perf_counter() > end:
                 break
@@ -218,14 +218,16 @@ def measure(
 ) -> Cell:
     """Find everybody's setting, then time all accurate ones in turns within the budget."""
     start, results = time.perf_counter(), []
-    best = math.inf  # of the peers so far: who takes thrice as long need not be waited for
+    best = math.inf  # of the peers so far: who takes much longer need not be waited for
     for one in who:
         if one.ours:
             limit = 60.0
         else:
             # With nobody to compare with, long enough to show that ours is several times faster.
             mine = max([r.seconds for r in results if r.ours and not r.missed], default=0.0)
-            limit = max(3 * best, 0.2) if math.isfinite(best) else max(8 * mine, 1.0)
+            limit = max(8 * mine, 1.0) if mine < 0.5 else 3 * mine
+            if math.isfinite(best):
+                limit = max((3 if best < 0.5 else 1.5) * best, 0.2)
         result = search.find(one, problem, gradient, limit)
         if not result.missed and not one.ours and one.tier <= TUNED:
             best = min(best, result.seconds)

@@ -97,16 +97,18 @@ def convergence(
 ) -> "Figure":
     """||x_{k+1} - x_k|| against k for each sample, with the median and the certified rate.
 
-    For a solve by plain Picard steps that is the residual ||f(x_k) - x_k||. On a contraction with
+    For a solve by undamped Picard steps that is the residual ||f(x_k) - x_k||. On a contraction with
     factor c the residual of every sample falls below c^k times its first one; the line drawn is c^k
-    times the largest first residual, so no curve may cross it. Other solvers take other steps: for
-    them the curves are step lengths, the certificate says nothing about these, and no line is drawn.
+    times the largest first residual, so no curve may cross it. Other solvers, and Picard with
+    damping, take other steps: for them the curves are step lengths, the certificate says nothing
+    about these, and no line is drawn. Nor is it where a curve falls by less than c: then c is not
+    the factor of this map in this norm, which the legend says.
 
     Args:
         solution: a solve with `record=True`.
         contraction: a certified factor c, such as `Certificate.contraction`, for a Picard solve.
-        weights: v > 0 of the norm max_i |x_i| / v_i, such as `Certificate.weights`; ones if
-            None.  # (n,)
+        weights: v > 0 of the norm max_i |x_i| / v_i in which c is certified, such as
+            `Certificate.weights`; ones if None.  # (n,)
         samples: thin lines at most, evenly spread over the batch; the median is over all.
         ax: where to draw; None makes one.
 
@@ -114,8 +116,11 @@ def convergence(
         The figure.
 
     Raises:
-        ValueError: the solution has no trajectory, or an empty one.
+        ValueError: the solution has no trajectory, or an empty one; c is not in [0, 1); weights do
+            not fit.
     """
+    if contraction is not None and not 0 <= contraction < 1:
+        raise ValueError(f"contraction: got {contraction}, expected a factor in [0, 1).")
     lengths = _step_lengths(solution, weights)  # (steps, batch)
     ax = _panels(1)[0] if ax is None else ax
     batch = lengths.shape[1]
@@ -134,12 +139,15 @@ def convergence(
     )
     # The solver and those that took over from it; an undamped Picard step is f itself.
     solvers = solution.stats.get("tried", (solution.stats.get("solver", "unknown solver"),))
-    plain_steps = tuple(solvers) == ("Picard",)
+    plain_steps = tuple(solvers) == ("Picard",) and not solution.stats.get("damping")
     if contraction is not None and plain_steps:
+        label, line = f"certified: factor {contraction:.3g} a step", "--"
+        if not _falls(lengths, contraction, _rounding(solution, weights)):
+            plain_steps, line = False, ""
+            label = f"slower than {contraction:.3g} a step: damped, or another norm"
         first = float(lengths[0].nan_to_num(nan=0.0).max())
-        bound = [first * contraction**k for k in steps]
-        label = rf"certified: factor {contraction:.3g} a step"
-        ax.plot(steps, bound, "--", color=_COLOURS[1], linewidth=2.0, label=label)
+        bound = [first * contraction**k if line else torch.nan for k in steps]
+        ax.plot(steps, bound, line, color=_COLOURS[1], linewidth=2.0, label=label)
     # The certified line may fall far more slowly than the curves, which set the scale.
     finite = lengths[lengths.isfinite()]
     _log_axis(ax)
@@ -214,6 +222,10 @@ def save(figure: "Figure", path: str | os.PathLike[str]) -> Path:
 
     Returns:
         The path.
+
+    Raises:
+        FileNotFoundError: the folder is not there.
+        ValueError: no kind of picture has that ending.
     """
     path = Path(path)
     figure.savefig(path, dpi=150)
@@ -273,6 +285,22 @@ def _finish(ax: "Axes") -> None:
     ax.spines[["top", "right"]].set_visible(False)
 
 
+def _falls(lengths: Tensor, factor: float, rounding: Tensor) -> bool:
+    """Whether every step is at most `factor` of the one before, but for rounding."""
+    before, after = lengths[:-1].nan_to_num(nan=0.0), lengths[1:].nan_to_num(nan=0.0)
+    return bool((after <= factor * before + rounding).all())
+
+
+def _rounding(solution: Solution, weights: Tensor | None) -> Tensor:
+    """What the difference of two iterates may be off by, generously.  # (batch,)"""
+    x = solution.stats["trajectory"].detach().to("cpu", torch.float64).abs()
+    x = x.reshape(len(x), -1, x.shape[-1])
+    if weights is not None:
+        x = x / weights.detach().to("cpu", torch.float64)
+    size = x.amax(dim=(0, 2)).nan_to_num(nan=torch.inf)
+    return 8 * x.shape[-1] * torch.finfo(solution.value.dtype).eps * size
+
+
 def _step_lengths(solution: Solution, weights: Tensor | None) -> Tensor:
     """||x_{k+1} - x_k|| in the norm, NaN from where a sample stands still.  # (steps, batch)"""
     trajectory = solution.stats.get("trajectory")
@@ -289,6 +317,14 @@ def _step_lengths(solution: Solution, weights: Tensor | None) -> Tensor:
     steps = trajectory.detach().to("cpu", torch.float64).diff(dim=0)
     steps = steps.reshape(len(steps), -1, trajectory.shape[-1]).abs()
     if weights is not None:
+        n = trajectory.shape[-1]
+        if (
+            not isinstance(weights, Tensor)
+            or weights.shape != (n,)
+            or not bool((weights > 0).all())
+        ):
+            got = tuple(weights.shape) if isinstance(weights, Tensor) else type(weights).__name__
+            raise ValueError(f"weights: got {got}, expected {n} positive numbers, one a state.")
         steps = steps / weights.detach().to("cpu", torch.float64)
     lengths = steps.amax(dim=-1)
     return lengths.where(lengths > 0, torch.nan)

@@ -19,6 +19,7 @@ from implicitdl.activations import (
     ReLU,
     Sigmoid,
     Softmax,
+    SoftShrink,
     Tanh,
 )
 from implicitdl.solvers import Auto, Picard
@@ -494,7 +495,9 @@ def exact_state(A, v, on):
     A, v, n = [[Fraction(a) for a in row] for row in A], [Fraction(a) for a in v], len(v)
     M = [[Fraction(i == j) - (A[i][j] if on[i] else 0) for j in range(n)] for i in range(n)]
     x = exact_solution(M, [v[i] if on[i] else Fraction(0) for i in range(n)])
-    return x, [sum((a * b for a, b in zip(row, x, strict=True)), w) for row, w in zip(A, v)]  # noqa: B905
+    return x, [
+        sum((a * b for a, b in zip(row, x, strict=True)), w) for row, w in zip(A, v, strict=True)
+    ]
 
 
 @pytest.mark.parametrize("phi", ["identity", "relu"])
@@ -516,6 +519,18 @@ def test_the_error_bound_covers_rounding(seed, phi):
         pairs = zip(x, exact, weights, strict=True)
         distance = max(abs(Fraction(a) - b) / Fraction(w) for a, b, w in pairs)
         assert distance <= Fraction(float(bound))
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_error_bound_covers_rounding_before_phi(seed):
+    """x = (a x + v) - t where that is positive: x is of order 1, what is rounded of order t."""
+    a, t = 0.9 * float(torch.rand((), generator=torch.Generator().manual_seed(seed))), 1e6
+    m = ImplicitModel(*(torch.tensor([[c]]) for c in (a, 1.0, 1.0)), phi=SoftShrink(threshold=t))
+    v = t + 1 + randn(30, 1, seed=seed).abs()
+    solution = m.solve(v, solver=Picard(rtol=1e-15))
+    for x, vi, bound in zip(solution.value, v, solution.error_bound, strict=True):
+        exact = (Fraction(float(vi)) - Fraction(t)) / (1 - Fraction(a))
+        assert abs(Fraction(float(x)) - exact) <= Fraction(float(bound)) < 1e-6
 
 
 def test_the_allowance_for_rounding_is_of_the_size_of_rounding():
@@ -544,24 +559,52 @@ def test_the_error_bound_of_float32_is_that_of_its_solve(phi):
     x = torch.zeros(20, 12)
     for _ in range(200):
         x = m.phi(x @ A.double().mT + v)
-    if solution.error_bound is not None:
-        distance = m.certificate(refute=False).measure(solution.value.double() - x)
-        assert bool((distance <= solution.error_bound).all())
-        assert float(solution.error_bound.max()) < 1e-4
-    assert (solution.error_bound is None) == (phi == "softmax")
+    distance = m.certificate(refute=False).measure(solution.value.double() - x)
+    assert bool((distance <= solution.error_bound).all())
+    assert float(solution.error_bound.max()) < 1e-4
 
 
 def test_no_bound_without_a_certificate():
     m = ImplicitModel(4 * torch.eye(2), torch.eye(2), torch.eye(2), phi="tanh")
     assert m.solve(torch.ones(3, 2), on_failure="return").error_bound is None
+    upper = ImplicitModel(torch.tensor([[0.0, 4.0], [0.0, 0.0]]), torch.eye(2), torch.eye(2))
+    assert float(upper.solve(torch.ones(3, 2)).error_bound.max()) < 1e-13
 
 
-def test_a_softmax_block_declares_no_contraction_of_the_spectral_kind():
-    """Its slopes are within 1/2, its infinity norm may be larger times the rows: no `contraction`
-    is declared for what is not entrywise."""
-    A = row_sums(randn(6, 6), 1.5)
-    m = ImplicitModel(A, torch.eye(6), torch.eye(6), phi=Blocks.of(Softmax(), 6))
-    assert m._facts()["contraction"] is None and not m._facts()["acyclic"]
+class Coupled(Activation, register=False):
+    """phi(z)_i = c sum_j z_j: of 2-norm c n, of infinity norm c n, or not declared."""
+
+    slope = (0.0, 0.3)
+    entrywise = False
+
+    def __call__(self, z):
+        return 0.1 * z.sum(-1, keepdim=True).expand_as(z)
+
+
+class Declared(Coupled, register=False):
+    infinity_lipschitz = 0.8
+
+
+def test_a_block_activation_contracts_by_its_constant_in_the_infinity_norm():
+    """`slope` bounds the 2-norm of its Jacobian alone, and is no constant of the infinity norm."""
+    A = row_sums(randn(3, 3), 1.1)
+    facts = [
+        ImplicitModel(A, torch.eye(3), torch.eye(3), phi=phi)._facts()
+        for phi in (Coupled(), Declared(), Softmax(), Blocks(parts=((Declared(), 2), (ReLU(), 1))))
+    ]
+    expected = [None, 0.88, 0.55, None]
+    assert [f["contraction"] for f in facts] == pytest.approx(expected)
+    assert not any(f["acyclic"] for f in facts)
+
+
+def test_bounds_cost_nothing_where_nobody_reads_them(monkeypatch):
+    m, u = model(), randn(2, 3)
+    monkeypatch.setattr(
+        "implicitdl.wellposed.certificate", lambda *_, **__: pytest.fail("certified")
+    )
+    assert m(u).shape == (2, 2)
+    with pytest.raises(pytest.fail.Exception, match="certified"):
+        m.solve(u)
 
 
 def test_models_of_different_kinds_are_not_mixed():

@@ -1,6 +1,7 @@
 """Pictures: what is drawn is what was measured, and nothing is left behind."""
 
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -11,6 +12,7 @@ from implicitdl.activations import Identity, get_activation
 from implicitdl.maps import AffineMap
 from implicitdl.solution import Solution
 from implicitdl.solvers import Anderson, NewtonPicard, Picard
+from implicitdl.wellposed import certificate
 
 
 @pytest.fixture
@@ -148,3 +150,43 @@ def test_no_certified_line_where_the_steps_are_not_residuals() -> None:
         assert solver.name in ax.get_title(loc="left") and "float" in ax.get_title(loc="left")
     with pytest.raises(TypeError, match="A: got list"):
         plot.matrix([[1.0]])
+
+
+def test_no_certified_line_where_the_curves_would_cross_it() -> None:
+    """Damped steps, and steps in another norm than that of the factor, fall more slowly."""
+    f = AffineMap(0.5 * torch.eye(3), torch.ones(2, 3), Identity(), contraction=0.5)
+    damped = Picard(damping=0.5).solve(f, torch.zeros(2, 3), record=True)
+    A, v = torch.tensor([[0.2, 5.0], [0.05, 0.2]]), torch.tensor([[1.0, 1.0]])
+    proof = certificate(A, "relu")
+    other = Picard().solve(AffineMap(A, v, get_activation("relu")), torch.zeros(1, 2), record=True)
+    for solution, factor, weights, drawn in (
+        (damped, 0.5, None, False),
+        (other, proof.contraction, None, False),
+        (other, proof.contraction, proof.weights, True),
+    ):
+        (ax,) = plot.convergence(solution, factor, weights=weights).axes
+        labels = " ".join(lines(ax))
+        assert ("certified" in labels) == drawn and ("slower than" in labels) != drawn
+        assert ("residual" in ax.get_ylabel()) == drawn
+    (ax,) = plot.convergence(replace(damped, stats={**damped.stats, "damping": 0.5}), 0.9).axes
+    assert "certified" not in " ".join(lines(ax)) and "residual" not in ax.get_ylabel()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("seed", range(10))
+def test_rounding_takes_no_certified_line_away(seed: int, dtype: torch.dtype) -> None:
+    torch.manual_seed(seed)
+    A = torch.randn(40, 40)
+    A = (0.9 * A / A.abs().sum(1, keepdim=True)).to(dtype)
+    f = AffineMap(A, 10 * torch.randn(30, 40).to(dtype), get_activation("relu"))
+    solution = Picard().solve(f, torch.zeros(30, 40, dtype=dtype), record=True)
+    (ax,) = plot.convergence(solution, 0.9).axes
+    assert any(label.startswith("certified") for label in lines(ax))
+
+
+def test_convergence_refuses_what_does_not_fit(solution: Solution) -> None:
+    with pytest.raises(ValueError, match=r"contraction: got 1\.5, expected a factor"):
+        plot.convergence(solution, 1.5)
+    for weights in (torch.ones(5), torch.zeros(6), [1.0] * 6):
+        with pytest.raises(ValueError, match="weights: got .*expected 6 positive numbers"):
+            plot.convergence(solution, weights=weights)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import ImplicitModel
+from ..model import ImplicitModel, check_input
 from ..wellposed import Certificate
 from .affine import ImplicitLayer
 
@@ -21,6 +21,17 @@ class ImplicitRNN(nn.Module):
         state_features: states of the cell.
         batch_first: whether sequences are (batch, time, features).
         options: further arguments of the cell, an `ImplicitLayer`.
+
+    Raises:
+        TypeError: an option that `ImplicitLayer` does not have, or `batch_first` is no bool.
+        ValueError: a size that is no positive integer, or options that do not fit together.
+
+    Example:
+        >>> import torch, implicitdl
+        >>> rnn = implicitdl.ImplicitRNN(3, 4, state_features=8)
+        >>> output, last = rnn(torch.randn(7, 2, 3))  # 7 steps of 2 sequences
+        >>> output.shape, last.shape
+        (torch.Size([7, 2, 4]), torch.Size([1, 2, 4]))
     """
 
     def __init__(
@@ -33,6 +44,11 @@ class ImplicitRNN(nn.Module):
         **options: Any,
     ):
         super().__init__()
+        for name, size in {"input_size": input_size, "hidden_size": hidden_size}.items():
+            if type(size) is not int or size < 1:
+                raise ValueError(f"{name}: got {size!r}, expected an integer >= 1.")
+        if not isinstance(batch_first, bool):
+            raise TypeError(f"batch_first: got {batch_first!r}, expected True or False.")
         self.input_size, self.hidden_size = input_size, hidden_size
         self.batch_first = batch_first
         self.cell = ImplicitLayer(input_size + hidden_size, hidden_size, state_features, **options)
@@ -50,40 +66,58 @@ class ImplicitRNN(nn.Module):
 
         Raises:
             ConvergenceError: a sample did not converge at some time step.
-            TypeError, ValueError: input or h0 is no tensor, or of another shape.
+            TypeError: input or h0 is no tensor.
+            ValueError: input or h0 has another shape, dtype or device than expected, or there are no
+                time steps.
         """
-        if not isinstance(input, Tensor):
-            raise TypeError(f"input: got {type(input).__name__}, expected a tensor.")
-        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size:
-            raise ValueError(
-                f"input: got shape {tuple(input.shape)}, expected (time, batch, {self.input_size})"
-                f" or (time, {self.input_size}); with batch_first the batch comes first."
-            )
-        batched = input.dim() == 3
-        if input.shape[1 if batched and self.batch_first else 0] == 0:
-            raise ValueError(
-                f"input: got shape {tuple(input.shape)}, expected at least one time step."
-            )
-        steps = input.unbind(1 if batched and self.batch_first else 0)
-        shape = (*input.shape[1:-1], self.hidden_size)
-        if batched and self.batch_first:
-            shape = (input.shape[0], self.hidden_size)
-        if h0 is not None and tuple(h0.shape) != (1, *shape):
-            raise ValueError(f"h0: got shape {tuple(h0.shape)}, expected {(1, *shape)}.")
-        h = input.new_zeros(shape) if h0 is None else h0[0]
+        input = self._cast(input)
+        time, shape = self._checked(input)
+        if h0 is None:
+            h = input.new_zeros(shape)
+        else:
+            h0 = self._cast(h0)
+            check_input(h0, self.hidden_size, self.cell.B, "h0")
+            if tuple(h0.shape) != (1, *shape):
+                raise ValueError(f"h0: got shape {tuple(h0.shape)}, expected {(1, *shape)}.")
+            h = h0[0]
         A = self.cell._weight()  # once for all steps
         outputs = []
-        for u in steps:
+        for u in input.unbind(time):
             joint = self.cell._accept(torch.cat([u, h.to(u.dtype)], dim=-1))
             h = self.cell.readout(self.cell.state(joint, A), joint)
             outputs.append(h)
-        time = 1 if batched and self.batch_first else 0
         return torch.stack(outputs, dim=time), h[None]
 
+    def _checked(self, input: Tensor) -> tuple[int, tuple[int, ...]]:
+        """The dimension of time, and the shape of h."""
+        check_input(input, self.input_size, self.cell.B, "input")
+        shape = tuple(input.shape)
+        if len(shape) not in (2, 3):
+            rows = "batch, time" if self.batch_first else "time, batch"
+            raise ValueError(
+                f"input: got shape {shape}, expected ({rows}, {self.input_size}) or, for one "
+                f"sequence, (time, {self.input_size})."
+            )
+        time = 1 if len(shape) == 3 and self.batch_first else 0
+        if shape[time] == 0:
+            raise ValueError(f"input: got shape {shape}, expected at least one time step.")
+        return time, (*shape[:time], *shape[time + 1 : -1], self.hidden_size)
+
+    def _cast(self, t: Tensor) -> Tensor:
+        """Under autocast, an input of any dtype is one of the cell's."""
+        own = self.cell.B
+        here = isinstance(t, Tensor) and t.device == own.device
+        return t.to(own.dtype) if here and torch.is_autocast_enabled(own.device.type) else t
+
     def certificate(self, **options: Any) -> Certificate:
-        """What can be proved of the cell: see `implicitdl.wellposed.certificate`."""
+        """What can be proved of the cell, at every time step: its A is the same at all of them.
+
+        Args:
+            options: of `implicitdl.wellposed.certificate`.
+        """
         return self.cell.certificate(**options)
 
     def model(self) -> ImplicitModel:
-        """The cell as an ImplicitModel from (u_t, h_(t-1)) to h_t."""
+        """The cell as an ImplicitModel from (u_t, h_(t-1)), side by side, to h_t, its tensors still
+        connected to the parameters."""
         return self.cell.model()

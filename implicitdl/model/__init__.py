@@ -160,8 +160,9 @@ class ImplicitModel:
 
         Returns:
             Solution; `value` is the state  # (*batch, n), differentiable in A, B, b and u, in at
-            least float32. Where ||A||_inf times the largest slope is below 1, `error_bound` bounds
-            its distance to the exact equilibrium, in the norm of `certificate(refute=False)`.
+            least float32. Where ||A||_inf times the Lipschitz constant of phi is below 1, or A is
+            strictly triangular, `error_bound` bounds its distance to the exact equilibrium, in the
+            norm of `certificate(refute=False)`.
 
         Raises:
             ConvergenceError: a sample did not converge and `on_failure="raise"`.
@@ -169,13 +170,21 @@ class ImplicitModel:
             ValueError: u or x0 has another width, dtype or device than the model, or an option is
                 unknown.
         """
+        return self._solve(u, True, x0, solver, adjoint, on_failure, record)
+
+    def _solve(
+        self, u: Tensor, certify: bool, x0: Tensor | None = None,
+        solver: "str | FixedPointSolver" = "auto", adjoint: "str | AdjointType" = "implicit",
+        on_failure: str = "raise", record: bool = False,
+    ) -> Solution:  # fmt: skip
+        """`solve`; the error bound costs a certificate and a product in float64."""
         u = self._accept(u)
         work = torch.promote_types(self.A.dtype, torch.float32)
         with torch.autocast(u.device.type, enabled=False):
             A, v = self.A.to(work), functional.linear(u.to(work), self.B.to(work), self.b.to(work))
             facts = self._facts()
             bound = None
-            if facts.get("contraction") is not None:
+            if certify and facts and (facts["contraction"] is not None or facts["acyclic"]):
                 proof = wellposed.certificate(A.detach(), self.activation, refute=False)
                 bound = proof.error_bound if proof.constant is not None else None
             equation = Equation(self.activation, **facts)
@@ -203,7 +212,7 @@ class ImplicitModel:
             ConvergenceError, TypeError, ValueError: as `solve`.
         """
         u = self._accept(u)
-        x = self.solve(u, **options).value.to(self.A.dtype)
+        x = self._solve(u, False, **options).value.to(self.A.dtype)
         return functional.linear(x, self.C, self.d) + functional.linear(u, self.D)
 
     def certificate(self, **options: Any) -> "wellposed.Certificate":
@@ -217,11 +226,9 @@ class ImplicitModel:
             return {}
         acyclic = self.phi.entrywise and not bool(torch.tril(A).any())
         norm = float(A.abs().sum(1).amax()) if self.states else 0.0
-        kappa = norm * self.phi.lipschitz
-        return {
-            "contraction": kappa if self.phi.entrywise and kappa < 1 else None,
-            "acyclic": acyclic,
-        }
+        # `lipschitz` is about the 2-norm where phi couples states, and says nothing in this one.
+        kappa = norm * self.phi.infinity_lipschitz if norm else 0.0
+        return {"contraction": kappa if kappa < 1 else None, "acyclic": acyclic}
 
     # ---- the algebra -----------------------------------------------------------------------------
 
