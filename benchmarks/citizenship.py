@@ -14,6 +14,7 @@ import functools
 import io
 import os
 import pickle
+import re
 import shutil
 import sys
 import tempfile
@@ -392,7 +393,8 @@ def outcome(check: Check, adapter: Adapter, limit: float = 25.0) -> dict[str, st
         ok, note = value
         return {"outcome": "yes", "note": ""} if ok else {"outcome": "no", "note": note}
     if kind == "raises":
-        return {"outcome": "raises", "note": " ".join(str(value).split())[:300]}
+        words = re.sub(r"(?:/[\w.+-]+)+/", "", " ".join(str(value).split()))  # no paths
+        return {"outcome": "raises", "note": words[:160]}
     return {"outcome": kind, "note": f"{value}"}
 
 

@@ -327,4 +327,6 @@ def _step_lengths(solution: Solution, weights: Tensor | None) -> Tensor:
             raise ValueError(f"weights: got {got}, expected {n} positive numbers, one a state.")
         steps = steps / weights.detach().to("cpu", torch.float64)
     lengths = steps.amax(dim=-1)
+    # What a failed sample ends with is its best iterate, which need not be the next one.
+    lengths[-1, ~solution.converged.flatten().cpu()] = torch.nan
     return lengths.where(lengths > 0, torch.nan)

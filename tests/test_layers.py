@@ -1080,3 +1080,15 @@ def test_the_rnn_says_what_it_takes_and_what_is_proved_of_it():
         rnn(torch.zeros(0, 2, P))
     with pytest.raises(TypeError, match="input: got list"):
         rnn([1.0])
+
+
+def test_the_cell_of_an_rnn_keeps_its_weight_under_autocast(float32):
+    torch.manual_seed(0)
+    rnn, u = ImplicitRNN(P, 4, 50, low_rank=4), torch.randn(1, 2, P)
+    seen = []
+    state = rnn.cell.state
+    rnn.cell.state = lambda u, A: seen.append(A) or state(u, A)
+    rnn(u)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rnn(u)
+    assert torch.equal(*seen)

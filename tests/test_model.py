@@ -693,3 +693,17 @@ def test_save_refuses_what_load_could_not_read(tmp_path):
             act(tmp_path)
     with pytest.raises(FileNotFoundError):
         ImplicitModel.load(tmp_path / "b.safetensors")
+
+
+def test_autocast_leaves_the_algebra_alone():
+    m = model()
+    f = ImplicitModel(*(getattr(m, k).float() for k in "ABCDbd"), phi="relu")
+    K = 0.01 * torch.randn(f.inputs, f.outputs).float()
+    g = ImplicitModel(f.A, torch.randn(f.states, f.outputs).float(), f.C)
+    expected = [g @ f, f.feedback(K)]
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = [g @ f, f.feedback(K)]
+    for a, b in zip(got, expected, strict=True):
+        assert all(torch.equal(getattr(a, k), getattr(b, k)) for k in "ABCDbd")
+    half = ImplicitModel(*(getattr(m, k).to(torch.bfloat16) for k in "ABCDbd"), phi="relu")
+    assert half.feedback(K.to(torch.bfloat16)).A.dtype is torch.bfloat16

@@ -63,6 +63,8 @@ def from_config(config: Mapping[str, Any]) -> Activation:
         raise unknown_name("activation", name, REGISTRY)
     fields = {f.name: f for f in own_fields(cls)}
     for key in values:
+        if not fields:
+            raise ValueError(f"{cls.__name__}: got {key!r}, expected no parameters")
         if key not in fields:
             raise unknown_name(f"parameter of {cls.__name__}", key, fields)
     for key, f in fields.items():

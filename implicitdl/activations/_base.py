@@ -75,6 +75,15 @@ class Activation(abc.ABC):
         return False
 
     @property
+    def size(self) -> int | None:
+        """The number of states that phi is for; None where it takes any number."""
+        return None
+
+    def blocks(self, n: int) -> "tuple[tuple[Activation, int], ...]":
+        """phi on n states as (activation, number of states) of its blocks, in order."""
+        return ((self, n),)
+
+    @property
     def linear(self) -> bool:
         """Whether phi is a linear map."""
         return False

@@ -133,6 +133,12 @@ class Blocks(Activation):
         """The number of states."""
         return sum(n for _, n in self.parts)
 
+    def blocks(self, n: int) -> tuple[tuple[Activation, int], ...]:
+        """The parts."""
+        if n != self.size:
+            raise ValueError(f"Blocks: got {n} states, expected {self.size}, the sum of its parts")
+        return self.parts
+
     @property
     def slope(self) -> tuple[float, float]:
         return _hull(phi.slope for phi, _ in self.parts)

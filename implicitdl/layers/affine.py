@@ -96,11 +96,11 @@ class _AffineLayer(nn.Module, abc.ABC):
 
     def _prepare(self, **facts: Any) -> None:
         """Freeze what does not change from call to call: activation, facts, solvers."""
-        blocks = getattr(self.activation, "parts", None)
-        if blocks is not None and sum(size for _, size in blocks) != self.state_features:
+        size = self.activation.size
+        if size not in (None, self.state_features):
             raise ValueError(
-                f"activation: got Blocks for {sum(size for _, size in blocks)} states, expected "
-                f"{self.state_features} (state_features)."
+                f"activation: got Blocks for {size} states, expected {self.state_features} "
+                "(state_features)."
             )
         self._facts = facts
         self._set(self.solver, self.adjoint)

@@ -80,7 +80,8 @@ class ImplicitRNN(nn.Module):
             if tuple(h0.shape) != (1, *shape):
                 raise ValueError(f"h0: got shape {tuple(h0.shape)}, expected {(1, *shape)}.")
             h = h0[0]
-        A = self.cell._weight()  # once for all steps
+        with torch.autocast(self.cell.B.device.type, enabled=False):
+            A = self.cell._weight()  # once for all steps
         outputs = []
         for u in input.unbind(time):
             joint = self.cell._accept(torch.cat([u, h.to(u.dtype)], dim=-1))

@@ -3,9 +3,10 @@
 Reference: El Ghaoui, Gu, Travacca, Askari, Tsai (2021), section 3 and appendix on composition.
 """
 
+import functools
 import operator
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -24,6 +25,20 @@ from . import files
 from .states import check_input, solve_state
 
 __all__ = ["ImplicitModel", "check_input", "solve_state", "stack"]
+
+
+def _in_full_precision(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, outside autocast: a model's blocks keep its dtype."""
+
+    @functools.wraps(operator)
+    def wrapped(self: "ImplicitModel", *args: Any) -> Any:
+        device = self.A.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return operator(self, *args)
+        with torch.autocast(device, enabled=False):
+            return operator(self, *args)
+
+    return wrapped
 
 
 @dataclass(frozen=True, eq=False)
@@ -105,10 +120,9 @@ class ImplicitModel:
         phi = activations.get_activation(self.phi)
         if not isinstance(phi, Blocks):
             phi = Blocks.of(phi, n)
-        if sum(size for _, size in phi.parts) != n:
+        if phi.size != n:
             raise ValueError(
-                f"ImplicitModel: phi is for {sum(size for _, size in phi.parts)} states, expected "
-                f"{n} as A has rows."
+                f"ImplicitModel: phi is for {phi.size} states, expected {n} as A has rows."
             )
         object.__setattr__(self, "phi", phi)
 
@@ -221,7 +235,7 @@ class ImplicitModel:
 
     def _facts(self) -> dict[str, Any]:
         """What the solver may rely on, from the cheap conditions alone."""
-        A = self.A.detach()
+        A = self.A.detach().to(torch.promote_types(self.A.dtype, torch.float32))
         if inside_transform():  # values cannot be looked at
             return {}
         acyclic = self.phi.entrywise and not bool(torch.tril(A).any())
@@ -232,6 +246,7 @@ class ImplicitModel:
 
     # ---- the algebra -----------------------------------------------------------------------------
 
+    @_in_full_precision
     def __matmul__(self, f: "ImplicitModel") -> "ImplicitModel":
         """The cascade u -> f -> self; its states are those of self, then those of f.
 
@@ -285,6 +300,7 @@ class ImplicitModel:
             phi=Blocks(parts=f.phi.parts + g.phi.parts),
         )
 
+    @_in_full_precision
     def feedback(self, K: Tensor) -> "ImplicitModel":
         """The loop u = v + K y closed: the model from v to y.
 
@@ -309,8 +325,10 @@ class ImplicitModel:
                 f"feedback: K is {K.dtype} on {K.device}, expected {self.A.dtype} on "
                 f"{self.A.device} as A; convert with .to()."
             )
-        eye = torch.eye(self.outputs, dtype=K.dtype, device=K.device)
-        M, info = torch.linalg.inv_ex(eye - self.D @ K)
+        work = torch.promote_types(K.dtype, torch.float32)  # no inverse in half precision
+        eye = torch.eye(self.outputs, dtype=work, device=K.device)
+        M, info = torch.linalg.inv_ex(eye - self.D.to(work) @ K.to(work))
+        M = M.to(K.dtype)
         if bool(info) or not bool(torch.isfinite(M).all()):
             raise ValueError(
                 "feedback: I - D K is singular, the outputs are not determined. Change K or D."
@@ -426,24 +444,7 @@ class ImplicitModel:
         Raises:
             ValueError: a matrix is missing.
         """
-        state = dict(state_dict)
-
-        def scaled(M: Tensor) -> Tensor:
-            return M if kappa is None else M * (kappa / M.abs().sum(1).amax()).clamp(max=1.0)
-
-        try:
-            A = state["A"] if "A" in state else scaled(state["L"]) @ scaled(state["R"].mT)
-            B, C, D = state["B"], state["C"], state.get("D")
-        except KeyError as error:
-            raise ValueError(
-                f"from_torchidl: no {error} among {sorted(state)}; expected A (or L, R), B, C, D."
-            ) from None
-        A = A.triu(1) if kappa is None else scaled(A)
-        b = d = None
-        if bias:
-            B, b = B[:, :-1], B[:, -1]
-            if D is not None:
-                D, d = D[:, :-1], D[:, -1]
+        A, B, C, D, b, d = files.from_torchidl(state_dict, kappa, bias)
         return ImplicitModel(A, B, C, D, b, d, phi)
 
 

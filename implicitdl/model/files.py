@@ -5,6 +5,7 @@ import os
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor
 
 from .. import activations
 
@@ -25,9 +26,9 @@ def save(model: "ImplicitModel", path: "str | os.PathLike[str]") -> None:
     folder = os.path.dirname(name) or "."
     if not os.path.isdir(folder):
         raise FileNotFoundError(f"{name}: there is no folder {folder}.")
-    header = {"version": _VERSION, "phi": model.phi.to_config()}
+    text = ""
     try:
-        text = json.dumps(header)
+        text = json.dumps({"version": _VERSION, "phi": model.phi.to_config()})
         known = activations.from_config(json.loads(text)["phi"]) == model.phi
     except (TypeError, ValueError):
         known = False
@@ -86,3 +87,28 @@ def load(path: "str | os.PathLike[str]", device: torch.device) -> dict[str, Any]
         raise ValueError(f"{name}: not a safetensors file ({error}).") from error
     except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
         raise ValueError(f"{name}: {error}") from error
+
+
+def from_torchidl(
+    state_dict: dict[str, Tensor], kappa: float | None, bias: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None]:
+    """(A, B, C, D, b, d) that torchidl computes with; see `ImplicitModel.from_torchidl`."""
+    state = dict(state_dict)
+
+    def scaled(M: Tensor) -> Tensor:
+        return M if kappa is None else M * (kappa / M.abs().sum(1).amax()).clamp(max=1.0)
+
+    try:
+        A = state["A"] if "A" in state else scaled(state["L"]) @ scaled(state["R"].mT)
+        B, C, D = state["B"], state["C"], state.get("D")
+    except KeyError as error:
+        raise ValueError(
+            f"from_torchidl: no {error} among {sorted(state)}; expected A (or L, R), B, C, D."
+        ) from None
+    A = A.triu(1) if kappa is None else scaled(A)
+    b = d = None
+    if bias:
+        B, b = B[:, :-1], B[:, -1]
+        if D is not None:
+            D, d = D[:, :-1], D[:, -1]
+    return A, B, C, D, b, d

@@ -36,7 +36,7 @@ class Component:
     def __init__(self, a: np.ndarray, phi: Activation, sizes: tuple[int, ...] | None):
         self.a, self.phi, self.sizes, self.width = a, phi, sizes, len(a)
         self.states = np.arange(len(a))
-        parts = getattr(phi, "parts", None) or ((phi, self.width),)
+        parts = phi.blocks(self.width)
         count = [n for _, n in parts]
         self.lo = np.repeat([part.slope[0] for part, _ in parts], count)
         self.hi = np.repeat([part.slope[1] for part, _ in parts], count)
@@ -92,10 +92,10 @@ class Component:
             return self.phi.product(d, basis).numpy()[:, self.states]
 
     def _index(self) -> np.ndarray | slice:
-        return self.states if hasattr(self.phi, "parts") else slice(None)
+        return slice(None) if self.phi.size is None else self.states
 
     def _embed(self, z: np.ndarray) -> torch.Tensor:
-        if not hasattr(self.phi, "parts"):
+        if self.phi.size is None:
             return torch.from_numpy(np.ascontiguousarray(z))
         full = torch.zeros(*z.shape[:-1], self.width, dtype=torch.float64)
         full[..., torch.from_numpy(self.states)] = torch.from_numpy(np.ascontiguousarray(z))
@@ -187,7 +187,7 @@ def infinity_lipschitz(phi: Activation, width: int) -> np.ndarray | None:
     sum 2 p_i (1 - p_i)).
     """
     out: list[float] = []
-    for part, n in getattr(phi, "parts", None) or ((phi, width),):
+    for part, n in phi.blocks(width):
         bound = part.infinity_lipschitz
         if bound == float("inf"):
             return None

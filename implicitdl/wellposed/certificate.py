@@ -225,9 +225,8 @@ def _validated(A: Tensor, phi: Activation, sizes: tuple[int, ...] | None) -> np.
     bad = int((~np.isfinite(a)).sum())
     if bad:
         raise ValueError(f"A: {bad} of {a.size} entries are NaN or infinite, expected finite ones")
-    width = sum(size for _, size in getattr(phi, "parts", ()))
-    if width and width != a.shape[0]:
-        raise ValueError(f"A has {a.shape[0]} states, but {phi} is for {width}")
+    if phi.size not in (None, a.shape[0]):
+        raise ValueError(f"A has {a.shape[0]} states, but {phi} is for {phi.size}")
     if sizes is not None and (sum(sizes) != a.shape[0] or min(sizes, default=1) < 1):
         raise ValueError(
             f"sizes: got {tuple(sizes)} with sum {sum(sizes)}, expected positive sizes that add "

@@ -67,13 +67,13 @@ class StrictlyUpper(WellPosedSet):
     def check(self, phi: Activation) -> None:
         if phi.entrywise:
             return
-        widths = [n for part, n in getattr(phi, "parts", ()) if not part.entrywise]
         # A block activation couples its own states: its block must lie inside one of ours.
-        inside = self.sizes is not None and bool(widths)
+        parts = () if phi.size is None else phi.blocks(phi.size)
+        inside = self.sizes is not None and bool(parts)
         if inside:
             edges = set(np.cumsum((0, *self.sizes)).tolist())
             start = 0
-            for part, n in getattr(phi, "parts", ()):
+            for part, n in parts:
                 if not part.entrywise and not edges.isdisjoint(range(start + 1, start + n)):
                     inside = False
                 start += n
