@@ -115,7 +115,7 @@ class Factors:
         self._partner = partner
         self._first: Tensor | None = None
         self._gain: float | None = None
-        self._dominant: Dominant | None = None
+        self._dominant: dict[bool, Dominant] = {}  # quick or not
         self._norm: float | None = None
         self._inverse: dict[float, Tensor] = {}
 
@@ -137,44 +137,55 @@ class Factors:
     def gain(self) -> float:
         """||A p|| / ||p|| for a probe p with some of every direction: one product."""
         if self._gain is None:
-            p = _probe(self.A.shape[0], self.A.dtype, self.A.device)
+            p, size = _probe(self.A.shape[0], self.A.dtype, self.A.device)
             self._first = torch.mv(self.A, p)
-            sizes = torch.linalg.vector_norm(torch.stack([self._first, p]), dim=1).tolist()
-            self._gain = sizes[0] / sizes[1]
+            self._gain = float(torch.linalg.vector_norm(self._first)) / size
         return self._gain
 
-    def dominant(self) -> Dominant:
-        """Three steps of the power method, a product with A^T, and one with what is left."""
-        if self._dominant is None:
+    def dominant(self, quick: bool = False) -> Dominant:
+        """Three steps of the power method, a product with A^T, and one with what is left.
+
+        Args:
+            quick: two steps and no product with what is left, of which the probe then has to tell:
+                for few samples, where such a product costs as much as one with all of them.
+        """
+        if False in self._dominant:  # the better one
+            return self._dominant[False]
+        if quick not in self._dominant:
             A = self.A
             tiny = torch.finfo(A.dtype).tiny
             first = self._first
             if first is None:
-                first = torch.mv(A, _probe(A.shape[0], A.dtype, A.device))
-            w = torch.mv(A, first)
-            w = w / torch.linalg.vector_norm(w).clamp_min_(tiny)
-            U = torch.mv(A, w)
-            size = torch.linalg.vector_norm(U)
+                first = torch.mv(A, _probe(A.shape[0], A.dtype, A.device)[0])
+            w, size = first, torch.linalg.vector_norm(first)
+            for _ in range(1 if quick else 2):
+                w = torch.mv(A, w / size.clamp_min(tiny))
+                size = torch.linalg.vector_norm(w)
+            U = w
             U = U / size.clamp_min(tiny)
             V = torch.mv(A.mT, U)
             UV = U * V
             # Of the first iterate, what U does not explain holds all the other directions.
             w = torch.addcmul(first, U, torch.dot(U, first), value=-1)
-            after = torch.addcmul(torch.mv(A, w), U, torch.dot(V, w), value=-1)
+            if quick:  # E p, and what p has besides its mean
+                after, w = w, _probe(A.shape[0], A.dtype, A.device)[0]
+                w = w - w.mean()
+            else:
+                after = torch.addcmul(torch.mv(A, w), U, torch.dot(V, w), value=-1)
             sizes = [torch.linalg.vector_norm(t) for t in (first, w, after)]
             sizes = [size, *sizes, torch.linalg.vector_norm(UV, 1)]
             rate, whole, before, rest, spread = torch.stack(sizes).tolist()
             # What rounding leaves of an exact eigenvector says nothing about the rest.
             noise = 10 * torch.finfo(A.dtype).eps * whole
             rest = rest / before if before > noise else 0.0
-            self._dominant = Dominant(U, V, UV, rate, rest, spread)
-        return self._dominant
+            self._dominant[quick] = Dominant(U, V, UV, rate, rest, spread)
+        return self._dominant[quick]
 
     def norm(self) -> float:
         """||I - A||_2 from below, by the power method."""
         if self._norm is None:
             A = self.A
-            w = _probe(A.shape[0], A.dtype, A.device)
+            w, _ = _probe(A.shape[0], A.dtype, A.device)
             for _ in range(3):
                 w = w / torch.linalg.vector_norm(w).clamp_min(torch.finfo(A.dtype).tiny)
                 last = w = w - torch.mv(A, w)
@@ -194,11 +205,13 @@ class Factors:
 
 
 @functools.lru_cache(maxsize=64)
-def _probe(n: int, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A vector with some of every direction, and most of the Perron vector of an A >= 0."""
+def _probe(n: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, float]:
+    """A vector with some of every direction, and most of the Perron vector of an A >= 0; and its
+    length."""
     uniform = np.random.default_rng(0).random(n)  # torch's would not be drawn under vmap
     with torch.inference_mode(False):
-        return torch.from_numpy((0.5 + uniform) / n**0.5).to(device, dtype)
+        probe = (0.5 + uniform) / n**0.5
+        return torch.from_numpy(probe).to(device, dtype), float(np.linalg.norm(probe))
 
 
 def _version(A: Tensor) -> int | None:

@@ -92,6 +92,13 @@ class FixedPointSolver(abc.ABC):
             return tuple(self.take(part, rows) for part in state)
         return state
 
+    def steps(
+        self, f: Map, z: Tensor, fz: Tensor, state: Any, most: int, work: int, k: int
+    ) -> tuple[Tensor, Tensor, Any, int]:
+        """As many steps as come before the next look, `most` at most; and how many."""
+        z, fz, state = self.step(f, z, fz, state)
+        return z, fz, state, 1
+
     def exact(self, state: Any) -> bool:
         """Whether the f(z) that `step` returns was evaluated, not got from a recurrence that rounds
         on its own; if not, what looks converged is checked against f itself."""
@@ -188,8 +195,9 @@ class FixedPointSolver(abc.ABC):
                 f, z, fz = smaller, z[keep], fz[keep]
                 state = self.take(state, keep)
                 progress.compact(keep)
-            z, fz, state = self.step(f, z, fz, state)
-            k += 1
+            most = self.max_steps - k if record is None else 1
+            z, fz, state, taken = self.steps(f, z, fz, state, most, work, k)
+            k += taken
         return progress.solution({**self.describe(state), "evaluations": k}, record)
 
     @property

@@ -49,7 +49,7 @@ class NewtonPicard(FixedPointSolver):
                 "NewtonPicard needs x = phi(A x + v) with one A for the batch; it was given "
                 f"{type(f).__name__}. Use Anderson or Newton for a general map."
             )
-        found = f.factors.dominant()
+        found = f.factors.dominant(quick=f.v.shape[0] <= 8)
         coarse = found.spread * f.phi.lipschitz < 1 and f.phi.entrywise
         cheap = f.v.shape[0] * f.A.shape[0] ** 2 < 1 << 22
         inner = self.inner or (1 if f.phi.linear else 2 if cheap else 3)

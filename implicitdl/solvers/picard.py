@@ -60,12 +60,23 @@ class Picard(FixedPointSolver):
             return k >= first and (k - first) % max(2, first // 4) == 0
         return k % max(4, 1 << max(0, k.bit_length() - 4)) == 0
 
+    def steps(
+        self, f: Map, z: Tensor, fz: Tensor, state: Any, most: int, work: int, k: int
+    ) -> tuple[Tensor, Tensor, Any, int]:
+        """Where looks are far between, the steps to the next one without anything else."""
+        count = 1
+        while count < most and not self.look(k + count, work, state):
+            count += 1
+        a, b, schedule = state
+        for _ in range(count):
+            if self.damping:
+                fz = torch.lerp(fz, z, self.damping)
+            z, fz, a, b = fz, f(fz, out=a), b, a
+        return z, fz, (a, b, schedule), count
+
     def step(self, f: Map, z: Tensor, fz: Tensor, state: Any) -> tuple[Tensor, Tensor, Any]:
         """One application; the buffer that z leaves takes the next value."""
-        a, b, schedule = state
-        if self.damping:
-            fz = torch.lerp(fz, z, self.damping)
-        return fz, f(fz, out=a), (b, a, schedule)
+        return self.steps(f, z, fz, state, 1, 0, 0)[:3]
 
 
 @dataclass(frozen=True)
