@@ -122,6 +122,8 @@ class Factors:
     def of(self, A: Tensor) -> bool:
         """Whether they are those of A as it is now: the same memory, not written to since."""
         own = self.A
+        if own is not A and inside_transform():  # memory is not to be looked at there
+            return False
         same = own is A or (
             own.data_ptr() == A.data_ptr() and (own.shape, own.stride()) == (A.shape, A.stride())
         )

@@ -143,11 +143,11 @@ def convergence(
     if contraction is not None and plain_steps:
         label, line = f"certified: factor {contraction:.3g} a step", "--"
         if not _falls(lengths, contraction, _rounding(solution, weights)):
-            plain_steps, line = False, ""
-            label = f"slower than {contraction:.3g} a step: damped, or another norm"
+            plain_steps, line = False, "none"
+            label = f"slower than {contraction:.3g} a step: another norm?"
         first = float(lengths[0].nan_to_num(nan=0.0).max())
-        bound = [first * contraction**k if line else torch.nan for k in steps]
-        ax.plot(steps, bound, line, color=_COLOURS[1], linewidth=2.0, label=label)
+        bound = [first * contraction**k if plain_steps else torch.nan for k in steps]
+        ax.plot(steps, bound, linestyle=line, color=_COLOURS[1], linewidth=2.0, label=label)
     # The certified line may fall far more slowly than the curves, which set the scale.
     finite = lengths[lengths.isfinite()]
     _log_axis(ax)

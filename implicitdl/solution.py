@@ -112,8 +112,9 @@ class Solution:
             not grow with dimension; under 1 means converged, infinite where nothing finite was
             seen.  # (*batch,)
         steps: evaluations of f that each sample took part in while unfinished.  # (*batch,)
-        error_bound: a-posteriori bound on the distance to the exact equilibrium, in the norm that
-            the well-posedness certificate names, or None where none is certified.  # (*batch,)
+        error_bound: a-posteriori bound on the distance to the exact equilibrium, rounding included,
+            in the norm that the well-posedness certificate names; infinite for a sample without a
+            finite value; None where none is certified.  # (*batch,)
         image: f(value), where the solver still has it; a constant.  # (*batch, n)
         stats: what the solver has to say: `solver`, `reason`, `evaluations`, `trajectory`.
     """
@@ -149,6 +150,7 @@ class Solution:
 
         Raises:
             ConvergenceError: a sample failed; the message names the samples by index.
+            ValueError: `on_failure` is none of the three.
         """
         check_on_failure(on_failure)
         if on_failure == "return" or self.status is Status.CONVERGED:

@@ -13,7 +13,11 @@ import pytest
 from test_architecture import MODULES, ROOT
 
 EXAMPLES = sorted((ROOT / "examples").glob("*.py"))
-PAGES = ("README.md", "CONTRIBUTING.md")
+PAGES = (
+    "README.md",
+    "CONTRIBUTING.md",
+    *(f"docs/{p.name}" for p in sorted((ROOT / "docs").glob("*.md"))),
+)
 MAX_LINES = 120
 _BLOCK = re.compile(r"^```python[^\n]*\n(.*?)^```", re.MULTILINE | re.DOTALL)
 
@@ -63,7 +67,7 @@ def test_python_blocks(page, tmp_path):
     script = ""
     for block in blocks:
         script += "\n" * (text.count("\n", 0, block.start(1)) - script.count("\n")) + block[1]
-    path = tmp_path / f"{page}.py"
+    path = tmp_path / f"{Path(page).name}.py"
     path.write_text(script, encoding="utf-8")
     run(path, tmp_path)
 

@@ -1024,6 +1024,7 @@ def test_a_state_that_does_not_fit_is_refused_before_anything_is_loaded(kind):
     assert all(torch.equal(t, before[name]) for name, t in weighted.state_dict().items())
 
 
+@SCRIPT
 def test_a_compiled_transform_raises_or_is_right(float32):
     """An operator without a rule for forward mode drops its tangents, and torch says nothing."""
     torch.manual_seed(0)
@@ -1050,6 +1051,7 @@ class Held(Activation, register=False):
         return self.function(z)
 
 
+@SCRIPT
 def test_what_cannot_be_compiled_is_named(float32):
     layer, u = ImplicitLayer(P, Q, N, activation=Held()), torch.randn(4, P)
     assert layer(u).shape == (4, Q) and not layer.equation.spec
@@ -1069,17 +1071,6 @@ def test_blocks_that_do_not_fit_are_refused_at_construction():
         Picard(rtol="a")
     with pytest.raises(ValueError, match="max_steps=True"):
         Picard(max_steps=True)
-
-
-def test_the_rnn_says_what_it_takes_and_what_is_proved_of_it():
-    rnn = ImplicitRNN(P, 4, 6)
-    assert rnn.certificate().well_posed and rnn.model().states == 6
-    u, h = randn(2, P), randn(2, 4)
-    assert torch.allclose(rnn.model()(torch.cat([u, h], 1)), rnn(u[None], h[None])[1][0], atol=1e-9)
-    with pytest.raises(ValueError, match="at least one time step"):
-        rnn(torch.zeros(0, 2, P))
-    with pytest.raises(TypeError, match="input: got list"):
-        rnn([1.0])
 
 
 def test_the_cell_of_an_rnn_keeps_its_weight_under_autocast(float32):

@@ -707,3 +707,24 @@ def test_autocast_leaves_the_algebra_alone():
         assert all(torch.equal(getattr(a, k), getattr(b, k)) for k in "ABCDbd")
     half = ImplicitModel(*(getattr(m, k).to(torch.bfloat16) for k in "ABCDbd"), phi="relu")
     assert half.feedback(K.to(torch.bfloat16)).A.dtype is torch.bfloat16
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated")
+def test_torch_func_sees_into_a_model():
+    m = model(phi="tanh")
+    u, w = randn(4, 3), randn(4, 3, seed=5)
+
+    def loss(u, A=m.A):
+        return ImplicitModel(A, *tensors(m)[1:], phi="tanh")(u).square().sum()
+
+    leaf, weight = u.clone().requires_grad_(), m.A.clone().requires_grad_()
+    g, h = torch.autograd.grad(loss(leaf, weight), (leaf, weight), create_graph=True)
+    (hw,) = torch.autograd.grad((g * w).sum(), leaf)
+    assert torch.allclose(torch.func.grad(loss)(u), g, atol=1e-9)
+    assert torch.allclose(torch.func.grad(loss, argnums=1)(u, m.A), h, atol=1e-9)
+    assert torch.allclose(torch.func.vmap(m)(u), m(u), atol=1e-9)
+    each = torch.func.vmap(torch.func.grad(loss, argnums=1), in_dims=(0, None))(u, m.A)
+    assert torch.allclose(each.sum(0), h, atol=1e-9)
+    assert torch.allclose(torch.func.jvp(torch.func.grad(loss), (u,), (w,))[1], hw, atol=1e-8)
+    jacobian = torch.func.jacfwd(m)(u[0])
+    assert torch.allclose(jacobian, torch.func.jacrev(m)(u[0]), atol=1e-9)

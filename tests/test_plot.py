@@ -10,7 +10,7 @@ import torch
 from implicitdl import plot
 from implicitdl.activations import Identity, get_activation
 from implicitdl.maps import AffineMap
-from implicitdl.solution import Solution
+from implicitdl.solution import Solution, Status
 from implicitdl.solvers import Anderson, NewtonPicard, Picard
 from implicitdl.wellposed import certificate
 
@@ -166,7 +166,8 @@ def test_no_certified_line_where_the_curves_would_cross_it() -> None:
     ):
         (ax,) = plot.convergence(solution, factor, weights=weights).axes
         labels = " ".join(lines(ax))
-        assert ("certified" in labels) == drawn and ("slower than" in labels) != drawn
+        assert ("certified" in labels) == drawn
+        assert ("slower than" in labels) == (solution is other and not drawn)
         assert ("residual" in ax.get_ylabel()) == drawn
     (ax,) = plot.convergence(replace(damped, stats={**damped.stats, "damping": 0.5}), 0.9).axes
     assert "certified" not in " ".join(lines(ax)) and "residual" not in ax.get_ylabel()
@@ -190,3 +191,15 @@ def test_convergence_refuses_what_does_not_fit(solution: Solution) -> None:
     for weights in (torch.ones(5), torch.zeros(6), [1.0] * 6):
         with pytest.raises(ValueError, match="weights: got .*expected 6 positive numbers"):
             plot.convergence(solution, weights=weights)
+
+
+def test_the_best_iterate_of_a_failed_sample_is_no_step() -> None:
+    codes = torch.tensor([Status.CONVERGED.code, Status.MAX_STEPS.code])
+    frames = torch.tensor([[[4.0], [4.0]], [[2.0], [1.0]], [[1.0], [2.5]], [[0.5], [1.0]]])
+    solution = Solution(
+        frames[-1], codes, torch.ones(2), torch.ones(2), stats={"trajectory": frames}
+    )
+    (ax,) = plot.convergence(solution).axes
+    curves = [line.get_ydata() for line in ax.get_lines()][:2]
+    assert np.asarray(curves[0]).tolist() == [2.0, 1.0, 0.5]
+    assert np.asarray(curves[1])[:2].tolist() == [3.0, 1.5] and np.isnan(curves[1][2])

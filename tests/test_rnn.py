@@ -111,5 +111,7 @@ def test_autocast(float32):
     expected = rnn(u)[0]
     with torch.autocast("cpu", dtype=torch.bfloat16):
         for input in (u, u.bfloat16()):
-            output = rnn(input, torch.zeros(1, 2, 4))[0]
+            output, last = rnn(input, torch.zeros(1, 2, 4))
             assert torch.allclose(output.float(), expected, atol=0.1)
+            rnn(input, last)  # the state goes on in the dtype that it has
+            assert last.dtype is torch.bfloat16

@@ -22,7 +22,7 @@ from ..maps import inside_transform
 from ..solution import Solution
 from ..solvers import FixedPointSolver
 from . import files
-from .states import check_input, solve_state
+from .states import check_input, solve_state, state_alone
 
 __all__ = ["ImplicitModel", "check_input", "solve_state", "stack"]
 
@@ -193,9 +193,8 @@ class ImplicitModel:
     ) -> Solution:  # fmt: skip
         """`solve`; the error bound costs a certificate and a product in float64."""
         u = self._accept(u)
-        work = torch.promote_types(self.A.dtype, torch.float32)
         with torch.autocast(u.device.type, enabled=False):
-            A, v = self.A.to(work), functional.linear(u.to(work), self.B.to(work), self.b.to(work))
+            A, v = self._equation_at(u)
             facts = self._facts()
             bound = None
             if certify and facts and (facts["contraction"] is not None or facts["acyclic"]):
@@ -203,6 +202,11 @@ class ImplicitModel:
                 bound = proof.error_bound if proof.constant is not None else None
             equation = Equation(self.activation, **facts)
             return solve_state(A, v, equation, x0, solver, adjoint, on_failure, record, bound)
+
+    def _equation_at(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """A and v = B u + b in the dtype of the solve."""
+        work = torch.promote_types(self.A.dtype, torch.float32)
+        return self.A.to(work), functional.linear(u.to(work), self.B.to(work), self.b.to(work))
 
     def _accept(self, u: Tensor) -> Tensor:
         """u, checked; under autocast, in the dtype of the model."""
@@ -213,21 +217,21 @@ class ImplicitModel:
         return u
 
     def __call__(self, u: Tensor, **options: Any) -> Tensor:
-        """y = C x + D u + d at the state x of `solve`.
+        """y = C x + D u + d at the state x of `solve`.  # (*batch, q)
 
         Args:
             u: inputs.  # (*batch, p)
             options: of `solve`.
 
-        Returns:
-            outputs.  # (*batch, q)
-
         Raises:
             ConvergenceError, TypeError, ValueError: as `solve`.
         """
         u = self._accept(u)
-        x = self._solve(u, False, **options).value.to(self.A.dtype)
-        return functional.linear(x, self.C, self.d) + functional.linear(u, self.D)
+        if inside_transform() and not options:  # which hides the values that a Solution holds
+            x = state_alone(*self._equation_at(u), Equation(self.activation))
+        else:
+            x = self._solve(u, False, **options).value
+        return functional.linear(x.to(self.C.dtype), self.C, self.d) + functional.linear(u, self.D)
 
     def certificate(self, **options: Any) -> "wellposed.Certificate":
         """What can be proved of x = phi(A x + b): see `implicitdl.wellposed.certificate`."""
@@ -388,8 +392,6 @@ class ImplicitModel:
             b=self.b[at],
             phi=_permuted(self.phi, new),
         )
-
-    # ---- files -----------------------------------------------------------------------------------
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write the model as safetensors, its activation in the JSON header.

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from ..implicit import Adjoint as AdjointType
-from ..implicit import Equation, get_adjoint
+from ..implicit import Equation, equilibrium, get_adjoint
 from ..maps import AffineMap, inside_transform
 from ..solution import Solution, check_on_failure
 from ..solvers import FixedPointSolver, get_solver
@@ -76,6 +76,11 @@ def solve_state(
         error_bound=error,
         stats=stats,
     ).check(on_failure)
+
+
+def state_alone(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
+    """x = phi(A x + v) over any batch shape, under `torch.func`, too."""
+    return equilibrium(A, v.reshape(-1, v.shape[-1]), equation).reshape(v.shape)
 
 
 def _residual_at_most(A: Tensor, f: AffineMap, x: Tensor) -> Tensor:

@@ -60,6 +60,10 @@ class Picard(FixedPointSolver):
             return k >= first and (k - first) % max(2, first // 4) == 0
         return k % max(4, 1 << max(0, k.bit_length() - 4)) == 0
 
+    def describe(self, state: Any) -> dict[str, Any]:
+        """With the damping, without which a step is f itself."""
+        return {"solver": self.name, "damping": self.damping}
+
     def steps(
         self, f: Map, z: Tensor, fz: Tensor, state: Any, most: int, work: int, k: int
     ) -> tuple[Tensor, Tensor, Any, int]:
