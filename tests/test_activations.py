@@ -850,6 +850,27 @@ UNTOLD = [SiLU(), GELU(), LeakyReLU(negative_slope=-0.2), LeakyReLU(negative_slo
           Blocks(parts=((ReLU(), 5), (GELU(), 5)))]  # fmt: skip
 
 
+def test_every_member_says_whether_its_value_tells():
+    own = {cls for cls in activations.REGISTRY.values() if cls.__module__.startswith("implicitdl.")}
+    assert own == {type(phi) for phi in [*TOLD, *UNTOLD]}
+
+
+@every
+def test_blocks_of_states(phi):
+    """phi is its blocks side by side; `size` and `blocks` are what others read of them."""
+    parts = phi.blocks(WIDTH)
+    assert phi.size in (None, WIDTH) and sum(n for _, n in parts) == WIDTH
+    z = torch.randn(5, WIDTH, dtype=torch.float64)
+    pieces = z.split([n for _, n in parts], -1)
+    alone = [part(piece) for (part, _), piece in zip(parts, pieces, strict=True)]
+    torch.testing.assert_close(torch.cat(alone, -1), phi(z))
+    if phi.size is None:
+        assert parts == ((phi, WIDTH),) and phi.blocks(3) == ((phi, 3),)
+    else:
+        with pytest.raises(ValueError, match="got 3 states, expected 7"):
+            phi.blocks(3)
+
+
 @pytest.mark.parametrize("phi", TOLD, ids=str)
 def test_the_value_tells_the_derivative(phi):
     z = 3 * torch.randn(200, 10, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
@@ -882,9 +903,21 @@ def test_who_is_linear():
 
 
 def test_negative_steps_of_a_prox_are_refused_as_tensors_too():
-    for t in (torch.tensor(-1.0), torch.tensor([1.0, 0.0]), -1.0, 0.0):
+    bad = [-1.0, 0.0, math.inf, math.nan]
+    for t in (*bad, *map(torch.tensor, bad), *(torch.tensor([1.0, t]) for t in bad)):
         with pytest.raises(ValueError, match="expected a positive finite step"):
             Tanh().prox(torch.zeros(2), t)
+
+
+@pytest.mark.parametrize("phi", [ReLU(), Tanh(), *BLOCKS[:2]], ids=repr)  # by formula, by search
+def test_tensor_steps_of_a_prox_under_transforms_and_in_a_compiled_graph(phi):
+    v, t = samples(phi, batch=3), torch.rand(3, 1, dtype=torch.float64) + 0.5
+    expected = phi.prox(v, t)
+    assert torch.allclose(torch.func.vmap(phi.prox)(v, t), expected, atol=1e-12)
+    torch.compiler.reset()  # each phi counts as a recompilation of one function
+    compiled = torch.compile(lambda v, t: phi.prox(v, t), fullgraph=True, backend="eager")
+    assert torch.allclose(compiled(v, t), expected, atol=1e-12)
+    assert phi.prox(v[:0], t[:0]).shape == (0, WIDTH)  # no step is no bad step
 
 
 def test_an_unknown_name_lists_each_name_once():

@@ -1063,6 +1063,9 @@ def test_what_cannot_be_compiled_is_named(float32):
 def test_blocks_that_do_not_fit_are_refused_at_construction():
     with pytest.raises(ValueError, match="activation: got Blocks for 4 states, expected 5"):
         ImplicitLayer(P, Q, 5, activation=Blocks(parts=((ReLU(), 4),)))
+    for well_posed in (PerronFrobenius(0.9, torch.ones(4)), StrictlyUpper(sizes=(2, 2))):
+        with pytest.raises(ValueError, match="A has 5 states, but .* is for 4"):
+            ImplicitLayer(P, Q, 5, well_posed=well_posed)
     with pytest.raises(ValueError, match="contraction: got 1.5"):
         fixed_point(torch.cos, torch.ones(2, 1), contraction=1.5)
     with pytest.raises(TypeError, match="z0: got list"):

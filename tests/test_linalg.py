@@ -94,6 +94,28 @@ def test_perron_root_gradient_of_reducible_matrix():
     torch.testing.assert_close(g, torch.tensor([[1.0, 0.0], [5.0, 0.0]]))
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in forward mode
+def test_perron_root_among_equal_components_is_that_of_one_of_them():
+    B = rand(3, 3).abs() + 0.1
+    B = B / B.sum(1, keepdim=True)  # rows of length 1: the power method ends at once
+    M = torch.block_diag(B, B)
+    for bridge in (0.0, 0.5):
+        M[0, 4] = bridge
+        gradient, hessian = torch.func.grad(perron_root)(M), torch.func.hessian(perron_root)(M)
+        (c,) = (c for c in (slice(0, 3), slice(3, 6)) if bool((gradient[c, c] != 0).any()))
+        torch.testing.assert_close(gradient[c, c], torch.func.grad(perron_root)(B))
+        torch.testing.assert_close(hessian[c, c, c, c], torch.func.hessian(perron_root)(B))
+        assert gradient.count_nonzero() == gradient[c, c].count_nonzero()
+
+
+def test_perron_root_in_float32_of_vectors_that_float32_cannot_hold():
+    M = cycle([1e30, 1e-30, 1e30, 1e-30, 1e30, 1e-30])
+    exact, got = torch.func.grad(perron_root)(M), torch.func.grad(perron_root)(M.float())
+    # M_ij d root / d M_ij = root / n on every cycle of n.
+    torch.testing.assert_close(M * exact, (M > 0) / 6.0)
+    torch.testing.assert_close(M.float() * got, (M > 0).float() / 6)
+
+
 def test_resolvent_vector_certifies():
     M = rand(30, 30).abs()
     root = perron(M).root

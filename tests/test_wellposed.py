@@ -4,10 +4,13 @@ import copy
 import math
 import pickle
 
+import numpy as np
 import pytest
 import torch
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrize
 
+from implicitdl import ImplicitLayer
 from implicitdl.activations import (
     ELU,
     GELU,
@@ -23,6 +26,7 @@ from implicitdl.activations import (
     Tanh,
 )
 from implicitdl.solution import NotWellPosedError
+from implicitdl.solvers import Auto
 from implicitdl.wellposed import (
     Certificate,
     InfNormBall,
@@ -35,6 +39,8 @@ from implicitdl.wellposed import (
     get_well_posed,
     rescale,
 )
+from implicitdl.wellposed._conditions import Component
+from implicitdl.wellposed._counterexample import _verified
 
 V = torch.tensor([0.3, 1.0, 2.0, 0.7, 1.4])
 SETS = [
@@ -528,11 +534,13 @@ def test_require_bool_and_error_bound_refusals():
 # ---------------------------------------------------------------- what a fresh reader broke
 
 
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in forward mode
 @pytest.mark.parametrize("W", [
     torch.triu(rand(4, 4), 1),  # nilpotent: root 0, strictly inside
     torch.tensor([[2.0, 1.0], [0.0, 2.0]]),  # two components with the largest root
     torch.triu(torch.ones(3, 3)) * 2,
     torch.zeros(3, 3),
+    2 * torch.eye(3),  # the power method's vectors mix the components
     torch.block_diag(2 * uniform(3, 3), torch.zeros(2, 2)),
 ], ids=str)  # fmt: skip
 def test_perron_frobenius_has_a_finite_gradient_everywhere(W):
@@ -544,6 +552,13 @@ def test_perron_frobenius_has_a_finite_gradient_everywhere(W):
         assert torch.equal(got, weights)  # the identity's
     else:  # along W itself forward is constant
         assert abs(float((got * W.detach()).sum())) < 1e-9
+    # With a second derivative in view the same one, and that is finite, too.
+    (again,) = torch.autograd.grad((weights * ball(W)).sum(), W, create_graph=True)
+    torch.testing.assert_close(again.detach(), got)
+    W = W.detach()
+    for derivative in (torch.func.grad, torch.func.jacfwd):
+        torch.testing.assert_close(derivative(lambda W: (weights * ball(W)).sum())(W), got)
+    assert bool(torch.func.hessian(lambda W: (weights * ball(W)).sum())(W).isfinite().all())
 
 
 SETS_OUTSIDE = [InfNormBall(0.5), PerronFrobenius(0.5), MatrixMeasure(0.2), Monotone(0.7),
@@ -579,11 +594,150 @@ def test_entries_of_any_size_get_an_answer(A):
         assert report.well_posed
 
 
+def test_error_constants_of_huge_entries_are_finite():
+    A = -1e160 * torch.tensor([[1.0, -3.0], [3.0, 1.0]])
+    report = certificate(A, ReLU())
+    # (1 + ||I - A||) / m with m = 1e160 and ||A|| = 1e160 sqrt(10)
+    assert report.condition == "strong monotonicity"
+    assert report.constant == pytest.approx(math.sqrt(10))
+
+
 def test_a_certificate_takes_the_names_that_layers_take():
     A = torch.tensor([[0.3, -0.2], [0.1, 0.4]])
     for phi in ("relu", torch.nn.ReLU(), ReLU()):
         assert certificate(A, phi).condition == "infinity norm"
     assert certificate(A, ReLU()) != certificate(A, ReLU())  # they are not compared by tensors
+
+
+LAYER_SETS = [*SETS_OUTSIDE[:4], PerronFrobenius(0.5, torch.tensor([1.0, 2.0, 0.5, 1.0])),
+              StrictlyUpper(sizes=(1, 2, 1))]  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # gradcheck's own
+@pytest.mark.parametrize("s", LAYER_SETS, ids=name)
+def test_forward_mode_by_the_weight_of_a_layer(s):
+    tight = Auto(rtol=1e-13, atol=1e-15)
+    layer = ImplicitLayer(2, 1, 4, activation="tanh", well_posed=s, solver=tight)
+    W, T, u = rand(4, 4, seed=3) + 0.1, rand(4, 4, seed=4), rand(3, 2, seed=5)
+    assert not s.contains(W)  # the constraint is active
+
+    def loss(W):
+        return torch.func.functional_call(layer, {"W": W}, (u,)).square().sum()
+
+    assert torch.autograd.gradcheck(loss, W.clone().requires_grad_(), check_forward_ad=True)
+    gradient = torch.func.grad(loss)
+    torch.testing.assert_close(torch.func.jacfwd(loss)(W), gradient(W), rtol=1e-8, atol=1e-10)
+    got = (torch.func.hessian(loss)(W) * T).sum((-2, -1))
+    expected = (gradient(W + 1e-5 * T) - gradient(W - 1e-5 * T)) / 2e-5
+    torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # the compiler's own
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("s", LAYER_SETS, ids=name)
+def test_every_set_compiles_into_one_graph(s, dtype):
+    torch._dynamo.reset()
+    W = (rand(4, 4, seed=3) + 0.1).to(dtype).requires_grad_()
+    weights = rand(4, 4, seed=4)
+    expected = s(W)
+    got = torch.compile(lambda W: s(W), fullgraph=True, backend="aot_eager")(W)
+    torch.testing.assert_close(got, expected)
+    gradients = [torch.autograd.grad((weights * A).sum(), W)[0] for A in (got, expected)]
+    torch.testing.assert_close(*gradients)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("s", [
+    InfNormBall(0.9), PerronFrobenius(0.9), PerronFrobenius(0.9, uniform(40) + 0.2),
+    MatrixMeasure(0.9), MatrixMeasure(-0.9, uniform(40) + 0.2), Monotone(0.2),
+], ids=name)  # fmt: skip
+def test_half_precision_does_not_leave_the_set(s, dtype):
+    for seed in range(4):
+        W = (rand(40, 40, seed=seed) * 10.0 ** (seed % 4 - 2)).to(dtype)
+        for A, exact in ((s(W), s(W.double())), (s.project(W), s.project(W.double()))):
+            assert A.dtype == dtype
+            assert float(s.margin(A.double())) > -1e-5 * (1 + float(W.abs().max()))  # of float32
+            assert float((A.double() - exact).norm()) < 0.2 * (1 + float(exact.norm()))
+        small = (rand(40, 40, seed=seed) * 1e-3 - 2 * torch.eye(40)).to(dtype)
+        if s.contains(small.double(), 0.0):
+            assert torch.equal(s(small), small) and torch.equal(s.project(small), small)
+    # The gradient is that of the formula, not of the steps that rounding makes.
+    W = rand(40, 40).to(dtype).requires_grad_()
+    weights = rand(40, 40, seed=1)
+    (got,) = torch.autograd.grad((weights * s(W).double()).sum(), W)
+    wide = W.detach().double().requires_grad_()
+    (expected,) = torch.autograd.grad((weights * s(wide)).sum(), wide)
+    assert float((got - expected).norm()) < 0.02 * float(expected.norm())
+
+
+@pytest.mark.parametrize("s", [InfNormBall(0.9), PerronFrobenius(0.9, uniform(40) + 0.2),
+                               MatrixMeasure(0.9, uniform(40) + 0.2), Monotone(0.2)], ids=name)  # fmt: skip
+def test_autocast_leaves_the_sets_alone(s):
+    W = rand(40, 40).float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        A, P, margin = s(W), s.project(W), s.margin(W)
+    assert torch.equal(A, s(W)) and torch.equal(P, s.project(W))
+    assert torch.equal(margin, s.margin(W))
+
+
+def test_perron_frobenius_projection_leaves_what_no_cycle_goes_through():
+    ball = PerronFrobenius(0.9)
+    A = rand(6, 6).triu(1) * 1e6
+    A[:2, :2] = torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    A[4, 4] = -7.0
+    order = torch.randperm(6, generator=torch.Generator().manual_seed(1))
+    P = torch.empty_like(A)
+    P[order[:, None], order] = ball.project(A[order[:, None], order])
+    assert ball.contains(P, 1e-9)
+    expected = A.clone()
+    expected[:2, :2] = ball.project(A[:2, :2])
+    expected[4, 4] = -0.9
+    torch.testing.assert_close(P, expected)
+
+
+@pytest.mark.parametrize("n, seed, reached, one_start", [
+    (5, 1, 2.19, 2.38), (12, 4, 6.79, 7.23), (12, 8, 5.56, 6.02), (12, 10, 5.57, 5.95),
+])  # fmt: skip
+def test_perron_frobenius_projection_tries_more_than_one_start(n, seed, reached, one_start):
+    """The set is not convex: from one start the search ends further away."""
+    A = rand(n, n, seed=seed)
+    P = PerronFrobenius(0.9).project(A)
+    assert PerronFrobenius(0.9).contains(P, 1e-9)
+    assert float((A - P).norm()) < reached < one_start
+
+
+@pytest.mark.parametrize("s, states", [
+    (PerronFrobenius(0.9, V), 5), (MatrixMeasure(0.9, V), 5), (StrictlyUpper(sizes=(2, 3)), 5),
+    (InfNormBall(), None), (PerronFrobenius(), None), (MatrixMeasure(), None), (Monotone(), None),
+    (StrictlyUpper(), None),
+], ids=str)  # fmt: skip
+def test_a_set_says_how_many_states_it_is_for(s, states):
+    assert s.states == states
+    s.require_states(5)
+    if states is None:
+        return s.require_states(3)
+    for call in (s.require_states, lambda n: s(rand(n, n)), lambda n: s.project(rand(n, n)),
+                 lambda n: s.margin(rand(n, n))):  # fmt: skip
+        with pytest.raises(ValueError, match="A has 3 states, but .* is for 5"):
+            call(3)
+
+
+def test_arguments_of_the_wrong_kind_are_named():
+    for make, message in [
+        (lambda: PerronFrobenius(0.9, "ab"), "weights: got 'ab'"),
+        (lambda: StrictlyUpper(sizes=3), "sizes: got 3"),
+        (lambda: certificate(torch.zeros(2, 2), "relu", sizes=2), "sizes: got 2"),
+        (lambda: rescale(torch.zeros(2, 2), "0.5"), "kappa: got '0.5'"),
+        (lambda: rescale([[0.0]]), "A: got list"),
+    ]:
+        with pytest.raises(TypeError, match=message):
+            make()
+    for sizes in ((), (True, 2), (1.5, 2), (0, 2)):
+        with pytest.raises(ValueError, match="sizes: got"):
+            StrictlyUpper(sizes=sizes)
+    with pytest.raises(ValueError, match=r"weights: .* got shape \(0, 2\)"):
+        PerronFrobenius(0.9, torch.zeros(0, 2))
+    assert PerronFrobenius(np.float32(0.5)).kappa == 0.5
 
 
 @pytest.mark.parametrize("make", [InfNormBall, PerronFrobenius, MatrixMeasure, Monotone])
@@ -596,7 +750,11 @@ def test_a_radius_is_a_number(make):
 
 def test_weights_follow_the_matrix():
     W = torch.ones(3, 3, device="meta")
-    for s in (PerronFrobenius(0.9, torch.ones(3)), MatrixMeasure(0.9, torch.ones(3))):
+    for s in (
+        PerronFrobenius(0.9, torch.ones(3)),
+        MatrixMeasure(0.9, torch.ones(3)),
+        StrictlyUpper(sizes=(1, 2)),
+    ):
         assert s(W).device.type == "meta"
 
 
@@ -615,6 +773,30 @@ def test_the_largest_infinity_norm_of_a_softmax_jacobian_is_one_half():
     assert Softmax().infinity_lipschitz == float(J.abs().sum(1).max()) == 0.5
 
 
+def test_a_pair_that_newton_would_still_move_is_no_refutation():
+    """Residuals at rounding level, and a contraction all the same: the slope is all but 1."""
+    a = np.array([[1 - 1e-12]])
+    b, x1, x2 = np.array([1.5e-12]), np.array([1.0]), np.array([2.0])
+    p = Component(a, ReLU(), None)
+    assert max(abs(np.maximum(a @ x + b, 0) - x) for x in (x1, x2)) < 1e-12
+    assert _verified(p, b, a @ x1 + b, a @ x2 + b) is None
+
+
+def test_the_error_constant_of_a_long_chain_of_blocks():
+    """Each block is a reflection: no weighted infinity norm is below 1, and its 2-norm is exact."""
+    blocks, angle = 6, 0.8
+    c, s = math.cos(angle), math.sin(angle)
+    A = torch.block_diag(*[0.9 * torch.tensor([[c, s], [s, -c]])] * blocks)
+    A = A + 10.0 * torch.diag(torch.ones(2 * blocks - 2), 2)  # each block reads the next
+    report = certificate(A, Identity())
+    assert report.condition == "block norm matrix" and len(report.components) == blocks
+    # Along the axis of the reflections every inequality of the proof is an equality.
+    axis = torch.tensor([math.cos(angle / 2), math.sin(angle / 2)]).repeat(blocks)
+    residual = axis * report.weights
+    error = torch.linalg.solve(torch.eye(2 * blocks) - A, residual)
+    assert 0.4 < float(report.measure(error) / report.error_bound(residual)) <= 1
+
+
 def test_the_error_constant_of_a_triangular_model_covers_its_inverse():
     """phi = identity: the error is (I - A)^-1 times the residual, and its norm is known exactly."""
     tightest = 0.0
@@ -631,3 +813,43 @@ def test_the_error_constant_of_a_triangular_model_covers_its_inverse():
         assert norm <= report.constant * (1 + 1e-12), seed
         tightest = max(tightest, norm / report.constant)
     assert tightest > 0.4
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own, in forward mode
+@pytest.mark.parametrize("s", SETS_OUTSIDE, ids=name)
+def test_forward_over_reverse_without_a_graph_of_the_gradient(s):
+    """Tangents go through a backward that builds no graph, where grad mode is off."""
+    W, T, weights = rand(4, 4) + 0.1, rand(4, 4, seed=1), rand(4, 4, seed=2)
+
+    def loss(W):
+        return (weights * s(W)).sin().sum()
+
+    with forward_ad.dual_level():
+        dual = forward_ad.make_dual(W.clone().requires_grad_(), T)
+        (gradient,) = torch.autograd.grad(loss(dual), dual)
+        got = forward_ad.unpack_dual(gradient).tangent
+    expected = (torch.autograd.functional.hessian(loss, W) * T).sum((-2, -1))
+    torch.testing.assert_close(got, expected)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # torch's own
+@pytest.mark.parametrize("s", SETS_OUTSIDE, ids=name)
+def test_a_compiled_transform_is_right_or_refused(s):
+    """torch drops tangents of operators and second derivatives of own rules there, silently."""
+    W, T, weights = rand(4, 4) + 0.1, rand(4, 4, seed=1), rand(4, 4, seed=2)
+
+    def loss(W):
+        return (weights * s(W)).sin().sum()
+
+    own_rule = isinstance(s, Monotone) or (isinstance(s, PerronFrobenius) and s.weights is None)
+    for f in (
+        lambda W: torch.func.jvp(s, (W,), (T,))[1],
+        torch.func.jacrev(torch.func.jacrev(loss)),
+    ):
+        torch.compiler.reset()
+        compiled = torch.compile(f, fullgraph=True, backend="aot_eager")
+        if own_rule:
+            with pytest.raises(Exception, match="Observed exception|cannot be compiled"):
+                compiled(W)
+        else:
+            torch.testing.assert_close(compiled(W), f(W))

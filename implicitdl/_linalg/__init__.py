@@ -3,6 +3,7 @@
 Plain functions on tensors. Nothing here knows of activations, models or solvers.
 """
 
+from .compiling import reverse_only
 from .perron import EPS, Perron, balanced, perron, perron_root, resolvent_vector, strong_components
 from .projections import (
     project_l1,
@@ -22,5 +23,6 @@ __all__ = [
     "project_second_order_cone",
     "project_simplex",
     "resolvent_vector",
+    "reverse_only",
     "strong_components",
 ]

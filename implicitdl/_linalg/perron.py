@@ -5,6 +5,9 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
+
+from .compiling import reverse_only
 
 EPS = torch.finfo(torch.float64).eps
 
@@ -248,44 +251,57 @@ def resolvent_vector(M: Tensor, kappa: float) -> Tensor | None:
     return torch.from_numpy(v).to(M.device)
 
 
-def _pair(M: Tensor, p: Perron) -> tuple[Tensor, Tensor]:
-    """Right and left vectors that say how the root moves.
+def _pair(M: Tensor, p: Perron) -> tuple[Tensor, Tensor, Tensor]:
+    """Right and left vectors that say how the root moves, and the states that they are about.
 
     Where several strong components have the largest root, the two vectors of the whole matrix
-    belong to different ones, and u'v = 0. Those of one of these components, with zeros elsewhere,
-    are the derivative of its own root.
+    belong to different ones, and u'v = 0, or mix them. Those of one of these components, with
+    zeros elsewhere, are the derivative of its own root.
     """
-    if M.shape[-1] == 0 or float(p.left @ p.right) > 0:
-        return p.right, p.left
-    right, left = torch.zeros_like(p.right), torch.zeros_like(p.left)
-    for c in strong_components(M != 0):
+    everything = torch.ones_like(p.right, dtype=torch.bool)
+    if bool((M != 0).all()) or M.shape[-1] == 0:
+        return p.right, p.left, everything
+    # A component that all others read and that reads all others is the whole: vectors without a
+    # zero, as the power method has them, mean a simple root only where there is one component.
+    mixed = bool((p.right > 0).all() and (p.left > 0).all())
+    if not mixed and float(p.left @ p.right) > 0:
+        return p.right, p.left, everything
+    blocks = strong_components(M != 0)
+    if len(blocks) == 1:
+        return p.right, p.left, everything
+    for c in blocks:
         part = perron(M[c][:, c])
         if part.root >= p.root * (1 - 1e-10):
-            right[c], left[c] = part.right, part.left
             break
-    return right, left
+    right, left = torch.zeros_like(p.right), torch.zeros_like(p.left)
+    right[c], left[c] = part.right, part.left
+    return right, left, right > 0
 
 
+# In float64, whatever M is: entries of the vectors may be further apart than float32 reaches.
 @torch.library.custom_op("implicitdl::perron_root", mutates_args=())
-def _perron_op(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _perron_op(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     batch, n = M.shape[:-2], M.shape[-1]
     parts = [perron(m) for m in M.reshape(-1, n, n)]
-    root = M.new_tensor([p.root for p in parts]).reshape(batch)
-    right = M.new_empty(len(parts), n)
-    left = M.new_empty(len(parts), n)
+    root = M.new_tensor([p.root for p in parts], dtype=torch.float64).reshape(batch)
+    right = M.new_empty(len(parts), n, dtype=torch.float64)
+    left, own = torch.empty_like(right), torch.empty_like(right, dtype=torch.bool)
     for k, p in enumerate(parts):
-        right[k], left[k] = _pair(M.reshape(-1, n, n)[k], p)
-    return root, right.reshape(*batch, n), left.reshape(*batch, n)
+        right[k], left[k], own[k] = _pair(M.reshape(-1, n, n)[k], p)
+    shape = (*batch, n)
+    return root, right.reshape(shape), left.reshape(shape), own.reshape(shape)
 
 
 @_perron_op.register_fake
 def _(M):
-    return M.new_empty(M.shape[:-2]), M.new_empty(M.shape[:-1]), M.new_empty(M.shape[:-1])
+    root = M.new_empty(M.shape[:-2], dtype=torch.float64)
+    right = M.new_empty(M.shape[:-1], dtype=torch.float64)
+    return root, right, torch.empty_like(right), torch.empty_like(right, dtype=torch.bool)
 
 
 @_perron_op.register_vmap
 def _(info, in_dims, M):
-    return _perron_op(M.movedim(in_dims[0], 0)), (0, 0, 0)
+    return _perron_op(M.movedim(in_dims[0], 0)), (0, 0, 0, 0)
 
 
 class _PerronRootReverse(torch.autograd.Function):
@@ -295,7 +311,7 @@ class _PerronRootReverse(torch.autograd.Function):
     generate_vmap_rule = True
 
     @staticmethod
-    def forward(M: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    def forward(M: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         return _perron_op(M)
 
     @staticmethod
@@ -306,7 +322,8 @@ class _PerronRootReverse(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, g_root: Tensor, *_):
-        return g_root[..., None, None] * _root_gradient(*ctx.saved_tensors)
+        M = ctx.saved_tensors[0]
+        return (g_root[..., None, None] * _root_gradient(*ctx.saved_tensors)).to(M.dtype)
 
 
 class _PerronRoot(_PerronRootReverse):
@@ -314,18 +331,19 @@ class _PerronRoot(_PerronRootReverse):
 
     @staticmethod
     def jvp(ctx, dM: Tensor):
-        M, root, right, left = ctx.saved_tensors
-        return (_root_gradient(M, root, right, left) * dM).sum((-2, -1)), None, None
+        return (_root_gradient(*ctx.saved_tensors) * dM).sum((-2, -1)), None, None, None
 
 
-def _root_gradient(M: Tensor, root: Tensor, right: Tensor, left: Tensor) -> Tensor:
-    """u v' / u'v, differentiable in M where a second derivative is being built."""
-    if torch.is_grad_enabled():
+def _root_gradient(M: Tensor, root: Tensor, right: Tensor, left: Tensor, own: Tensor) -> Tensor:
+    """u v' / u'v in float64, differentiable in M where a second derivative is being built."""
+    if torch.is_grad_enabled() or forward_ad._current_level >= 0:
         # A second derivative is being built: make the eigenvectors functions of M, correct to
         # first order, by one Newton step with a constant Jacobian. Only then is a solve needed.
+        # Of a component among equals it is that of the component alone, whose root is simple.
+        M = torch.where(own[..., :, None] & own[..., None, :], M, 0.0).to(torch.float64)
         right = _attached_vector(M, root, right, left)
         left = _attached_vector(M.mT, root, left, right.detach())
-    inner = (left * right).sum(-1)
+    inner = (left * right).sum(-1).clamp_min(torch.finfo(torch.float64).tiny)
     return left[..., :, None] * right[..., None, :] / inner[..., None, None]
 
 
@@ -352,9 +370,12 @@ def perron_root(M: Tensor) -> Tensor:
         M: Non-negative matrices (..., n, n).
 
     Returns:
-        The roots (...), with first and second derivatives (where the root is simple; else an
-        element of Clarke's subdifferential), under autograd, forward mode, `torch.func`, `vmap`
-        and `torch.compile`.
+        The roots (...), with first and second derivatives, under autograd, forward mode,
+        `torch.func`, `vmap` and `torch.compile`. Where several strong components have the largest
+        root they are those of one of them: an element of Clarke's subdifferential.
+
+    Raises:
+        RuntimeError: Inside a compiled graph, under forward mode or a `torch.func` transform.
     """
-    rule = _PerronRootReverse if torch.compiler.is_compiling() else _PerronRoot
-    return rule.apply(M)[0]
+    rule = _PerronRootReverse if reverse_only("A Perron root") else _PerronRoot
+    return rule.apply(M)[0].to(M.dtype)

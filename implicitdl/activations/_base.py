@@ -173,7 +173,9 @@ class Activation(abc.ABC):
             t: the step, positive; broadcast against v.
 
         Raises:
-            ValueError: the slope range is not within [0, 1] (phi is no proximity operator).
+            ValueError: the slope range is not within [0, 1] (phi is no proximity operator), or a
+                step is not positive and finite (not looked at under `torch.func` transforms and
+                `torch.compile`, which hide the values of a tensor).
         """
         if not self.entrywise:
             raise self._missing("prox")
@@ -216,9 +218,16 @@ class Activation(abc.ABC):
                 f"prox: {self} has slope up to {hi:.6g}, expected at most 1; such a phi is not a "
                 "proximity operator: scale it down or use a solver that needs no prox"
             )
-        smallest = float(t.detach().min()) if isinstance(t, Tensor) and t.numel() else t
-        if not isinstance(smallest, Tensor) and not 0.0 < smallest < INF:
-            raise ValueError(f"prox: got t={smallest}, expected a positive finite step")
+        if not isinstance(t, Tensor):
+            good, shown = 0.0 < t < INF, float(t)
+        elif torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+            return  # the values are not to be seen here
+        else:
+            right = (t > 0) & (t < INF)
+            good = bool(right.all())
+            shown = 1.0 if good else float(t[~right].flatten()[0])
+        if not good:
+            raise ValueError(f"prox: got t={shown}, expected a positive finite step")
 
 
 def own_fields(cls: type[Activation]) -> Iterable[dataclasses.Field[Any]]:

@@ -337,6 +337,7 @@ class ImplicitLayer(_AffineLayer):
         self.well_posed = None if well_posed is None else get_well_posed(well_posed)
         facts: dict[str, Any] = {}
         if self.well_posed is not None:
+            self.well_posed.require_states(n)
             self.well_posed.check(self.activation)
             declared = self.well_posed.facts(self.activation)
             facts = {

@@ -99,6 +99,7 @@ class Certificate:
         Raises:
             NotWellPosedError: There is no error constant, because well-posedness is not proved
                 or the proof (P-matrix, overflowing weights) gives none.
+            ValueError: The residual has another number of states.
         """
         if self.constant is None or self.weights is None:
             raise NotWellPosedError(
@@ -174,7 +175,7 @@ def certificate(
 
     Raises:
         ValueError: A is not square or not finite, or does not fit phi or `sizes`.
-        TypeError: A is not a real floating point tensor, or phi no activation.
+        TypeError: A is not a real floating point tensor, phi no activation, or `sizes` no tuple.
 
     Example:
         >>> from implicitdl.activations import ReLU
@@ -227,6 +228,8 @@ def _validated(A: Tensor, phi: Activation, sizes: tuple[int, ...] | None) -> np.
         raise ValueError(f"A: {bad} of {a.size} entries are NaN or infinite, expected finite ones")
     if phi.size not in (None, a.shape[0]):
         raise ValueError(f"A has {a.shape[0]} states, but {phi} is for {phi.size}")
+    if sizes is not None and not isinstance(sizes, list | tuple):
+        raise TypeError(f"sizes: got {sizes!r}, expected a tuple of block sizes")
     if sizes is not None and (sum(sizes) != a.shape[0] or min(sizes, default=1) < 1):
         raise ValueError(
             f"sizes: got {tuple(sizes)} with sum {sum(sizes)}, expected positive sizes that add "

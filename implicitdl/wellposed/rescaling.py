@@ -5,6 +5,7 @@ from torch import Tensor
 
 from .._linalg import perron, resolvent_vector
 from ..solution import NotWellPosedError
+from ._base import number
 
 
 def rescale(A: Tensor, kappa: float | None = None) -> tuple[Tensor, Tensor]:
@@ -26,16 +27,19 @@ def rescale(A: Tensor, kappa: float | None = None) -> tuple[Tensor, Tensor]:
     Raises:
         NotWellPosedError: lambda_pf(|A|) >= kappa; carries `.margin` = kappa - lambda_pf.
         ValueError: kappa is not in (0, 1), A is not square, or s leaves the range of the dtype.
+        TypeError: kappa is no number, or A no tensor.
 
     Reference:
         El Ghaoui, Gu, Travacca, Askari and Tsai 2021, theorem 4.2.
     """
+    if not isinstance(A, Tensor):
+        raise TypeError(f"A: got {type(A).__name__}, expected a tensor (n, n)")
     if A.dim() != 2 or A.shape[0] != A.shape[1]:
         raise ValueError(f"A: got shape {tuple(A.shape)}, expected a square matrix (n, n)")
     if not bool(A.isfinite().all()):
         raise ValueError(f"A: {int((~A.isfinite()).sum())} entries are NaN or infinite")
-    if kappa is not None and not 0 < kappa < 1:
-        raise ValueError(f"kappa: got {kappa}, expected a number in (0, 1)")
+    if kappa is not None:
+        kappa = number("kappa", kappa, 0.0, 1.0)
     if A.shape[0] == 0:
         return A, A.new_zeros(0)
     size = A.detach().abs().to(torch.float64)

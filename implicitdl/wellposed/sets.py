@@ -11,10 +11,19 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from .._linalg import perron_root, project_l1, project_matrix_measure
+from .._linalg import perron_root, project_l1, project_matrix_measure, reverse_only
 from ..activations import Activation
 from ..solution import unknown_name
-from ._base import WellPosedSet, infinity_bound, number, positive_weights, refusal
+from ._base import (
+    WellPosedSet,
+    infinity_bound,
+    narrowed,
+    number,
+    positive_weights,
+    refusal,
+    widened,
+)
+from ._nearest import nearest_perron
 
 
 class StrictlyUpper(WellPosedSet):
@@ -22,6 +31,10 @@ class StrictlyUpper(WellPosedSet):
 
     Args:
         sizes: Sizes of the diagonal blocks, in order; None for blocks of one state.
+
+    Raises:
+        ValueError: A size is not a positive integer, or there is none.
+        TypeError: `sizes` is no sequence.
 
     Reference:
         El Ghaoui, Gu, Travacca, Askari and Tsai 2021, section 3.2.
@@ -31,23 +44,26 @@ class StrictlyUpper(WellPosedSet):
 
     def __init__(self, sizes: tuple[int, ...] | None = None):
         super().__init__()
-        if sizes is not None and (len(sizes) == 0 or min(sizes) < 1):
+        if sizes is not None and not isinstance(sizes, list | tuple):
+            raise TypeError(f"sizes: got {sizes!r}, expected a tuple of positive block sizes")
+        if sizes is not None and not (sizes and all(type(n) is int and n > 0 for n in sizes)):
             raise ValueError(f"sizes: got {tuple(sizes)}, expected positive block sizes")
-        self.sizes = None if sizes is None else tuple(map(int, sizes))
+        self.sizes = None if sizes is None else tuple(sizes)
         block = None
         if self.sizes is not None:
             block = torch.repeat_interleave(torch.tensor(self.sizes))
         self.register_buffer("block", block, persistent=False)
 
+    @property
+    def states(self) -> int | None:
+        return None if self.sizes is None else sum(self.sizes)
+
     def forward(self, W: Tensor) -> Tensor:
         if self.sizes is None:
             return W.triu(1)
-        if W.shape[-1] != sum(self.sizes):
-            raise ValueError(
-                f"A has {W.shape[-1]} states, but the block sizes {self.sizes} add up to "
-                f"{sum(self.sizes)}: pass the sizes of this A"
-            )
-        return torch.where(self.block[:, None] < self.block[None, :], W, torch.zeros_like(W))
+        self.require_states(W.shape[-1])
+        block = self.block.to(W.device)
+        return torch.where(block[:, None] < block[None, :], W, torch.zeros_like(W))
 
     @torch.no_grad()
     def project(self, A: Tensor) -> Tensor:
@@ -91,50 +107,58 @@ class StrictlyUpper(WellPosedSet):
         return "" if self.sizes is None else f"sizes={self.sizes}"
 
 
-def _fitting(weights: Tensor, A: Tensor) -> Tensor:
-    """The weights, where and what A is, if there is one a state."""
-    if len(weights) != A.shape[-1]:
-        raise ValueError(
-            f"A has {A.shape[-1]} states, but the set was made with {len(weights)} weights: pass "
-            "one weight a state"
-        )
-    return weights.to(A)
-
-
-class _RowBall(WellPosedSet):
-    """max_i sum_j |A_ij| v_j / v_i <= kappa, v = ones without weights."""
+class _Weighted(WellPosedSet):
+    """A set given by a bound on rows, with weights v > 0 of the states or without."""
 
     weights: Tensor | None
-    keeps_rank = True
 
-    def __init__(self, kappa: float, weights: Tensor | None):
+    def __init__(self, weights: Tensor | None):
         super().__init__()
-        self.kappa = number("kappa", kappa, 0.0, float("inf"))
         self.register_buffer("weights", positive_weights(weights))
+
+    @property
+    def states(self) -> int | None:
+        return None if self.weights is None else len(self.weights)
+
+    def _fitting(self, A: Tensor) -> Tensor | None:
+        """The weights, where and what A is."""
+        self.require_states(A.shape[-1])
+        return None if self.weights is None else self.weights.to(A)
 
     def _rows(self, A: Tensor) -> Tensor:
         """sum_j |A_ij| v_j / v_i.  # (..., n)"""
-        if self.weights is None:
-            return A.abs().sum(-1)
-        v = _fitting(self.weights, A)
-        return (A.abs() @ v) / v
+        v = self._fitting(A)
+        # A sum and not a product: autocast would take a product in half precision.
+        return A.abs().sum(-1) if v is None else (A.abs() * v).sum(-1) / v
+
+
+class _RowBall(_Weighted):
+    """max_i sum_j |A_ij| v_j / v_i <= kappa, v = ones without weights."""
+
+    keeps_rank = True
+
+    def __init__(self, kappa: float, weights: Tensor | None):
+        super().__init__(weights)
+        self.kappa = number("kappa", kappa, 0.0, float("inf"))
 
     def margin(self, A: Tensor) -> Tensor:
         if A.shape[-1] == 0:
             return A.new_full(A.shape[:-2], self.kappa)
-        return self.kappa - self._rows(A).amax(-1)
+        return self.kappa - self._rows(widened(A)).amax(-1)
 
     def forward(self, W: Tensor) -> Tensor:
-        rows = self._rows(W)
+        wide = widened(W)
+        rows = self._rows(wide)
         # A quotient of equal numbers is exactly 1: inside the ball this is the identity.
-        return W * (torch.full_like(rows, self.kappa) / rows.clamp_min(self.kappa))[..., None]
+        scale = torch.full_like(rows, self.kappa) / rows.clamp_min(self.kappa)
+        return narrowed(wide * scale[..., None], W.dtype)
 
     @torch.no_grad()
     def project(self, A: Tensor) -> Tensor:
-        if self.weights is None:
-            return project_l1(A, self.kappa)
-        v = _fitting(self.weights, A)
-        return project_l1(A, self.kappa * v, v)
+        wide = widened(A)
+        v = self._fitting(wide)
+        radius = self.kappa if v is None else self.kappa * v
+        return narrowed(project_l1(wide, radius, v), A.dtype)
 
     def facts(self, phi: Activation) -> dict[str, Any]:
         self.check(phi)
@@ -167,7 +191,12 @@ class InfNormBall(_RowBall):
     the nearest point and sets small entries to zero.
 
     Args:
-        kappa: Radius; kappa times the Lipschitz constant of phi must be below 1.
+        kappa: Radius; kappa times the Lipschitz constant of phi must be below 1, which `check`
+            and layers ask for: below 1 for ReLU or tanh, below 4 for the sigmoid.
+
+    Raises:
+        ValueError: kappa is not positive and finite.
+        TypeError: kappa is no number.
 
     Example:
         >>> ball = InfNormBall(kappa=0.5)
@@ -191,12 +220,17 @@ class PerronFrobenius(_RowBall):
 
     With `weights` v the set is {|A| v <= kappa v}, convex, with exact projection. Without, it is
     the whole (non-convex) Perron-Frobenius set: `forward` scales W by kappa / lambda_pf(|W|) with
-    the gradient through the eigenvalue, and `project` ends in a local minimum of the distance: the
-    nearest point of a non-convex set is not to be had in general.
+    the gradient through the eigenvalue, and `project` ends in a local minimum of the distance, the
+    best of three: the nearest point of a non-convex set is not to be had in general.
 
     Args:
-        kappa: Bound on the Perron root of |A|.
+        kappa: Bound on the Perron root of |A|; times the largest slope of phi it must be below 1,
+            which `check` and layers ask for.
         weights: v > 0, one a state, or None.
+
+    Raises:
+        ValueError: kappa is not positive and finite, or weights are no positive vector.
+        TypeError: kappa or weights are no numbers.
 
     Reference:
         El Ghaoui, Gu, Travacca, Askari and Tsai 2021, theorem 2.8 and section 3.3.
@@ -208,67 +242,34 @@ class PerronFrobenius(_RowBall):
     def margin(self, A: Tensor) -> Tensor:
         if self.weights is not None or A.shape[-1] == 0:
             return super().margin(A)
-        return self.kappa - perron_root(A.abs())
+        return self.kappa - perron_root(widened(A).abs())
 
     def forward(self, W: Tensor) -> Tensor:
         if self.weights is not None or W.shape[-1] == 0:
             return super().forward(W)
-        return W * (self.kappa / perron_root(W.abs()).clamp_min(self.kappa))[..., None, None]
+        wide = widened(W)
+        scale = self.kappa / perron_root(wide.abs()).clamp_min(self.kappa)
+        return narrowed(wide * scale[..., None, None], W.dtype)
 
     @torch.no_grad()
     def project(self, A: Tensor) -> Tensor:
-        """The nearest member for fixed weights; without weights a local minimum of the distance.
-
-        For every v > 0 the projection onto {|P| v <= kappa v} lies in the set, and the projection
-        onto the set is one of these. The squared distance is minimised over log v; by the envelope
-        theorem its gradient is (|P|' theta - kappa theta) v with the row multipliers theta. Where
-        it vanishes, theta is a left Perron vector of |P| and A - P a normal of the set.
-        """
+        """The nearest member for fixed weights. Without weights a local minimum of the distance,
+        where another member may be nearer: the problem is not convex (see the class)."""
         if self.weights is not None or A.shape[-1] == 0:
             return super().project(A)
-        flat = [self._nearest(a) for a in A.reshape(-1, *A.shape[-2:])]
+        flat = [
+            a.clone()
+            if float(perron_root(widened(a).abs())) <= self.kappa
+            else narrowed(nearest_perron(a.to(torch.float64), self.kappa), a.dtype)
+            for a in A.reshape(-1, *A.shape[-2:])
+        ]
         return torch.stack(flat).reshape(A.shape) if flat else A.clone()
-
-    def _nearest(self, A: Tensor) -> Tensor:
-        from scipy.optimize import minimize
-
-        root = float(perron_root(A.abs()))
-        if root <= self.kappa:
-            return A.clone()
-        a = A.detach().to(torch.float64)
-        size = a.abs()
-        eye = torch.eye(len(a), dtype=a.dtype, device=a.device)
-        start = torch.linalg.solve(1.01 * root * eye - size, torch.ones_like(a[:, 0])).clamp_min(
-            1e-12
-        )
-
-        def distance(log_v: np.ndarray) -> tuple[float, np.ndarray]:
-            v = torch.from_numpy(log_v).to(a.device).exp()
-            p = project_l1(a, self.kappa * v, v)
-            # The multiplier of row i, from any entry that the threshold moved: |a| - |p| = t v.
-            theta = ((size - p.abs()) / v).amax(-1)
-            slope = (p.abs().mT @ theta - self.kappa * theta) * v
-            return 0.5 * float(((a - p) ** 2).sum()), slope.cpu().numpy()
-
-        log_v = (start / start.max()).log().cpu().numpy()
-        # Entries further apart than this change nothing in float32 and overflow the weights.
-        box = [(-30.0, 30.0)] * len(log_v)
-        found = minimize(
-            distance,
-            log_v,
-            jac=True,
-            method="L-BFGS-B",
-            bounds=box,
-            options={"maxiter": 200 if len(log_v) <= 256 else 30},
-        )
-        v = torch.from_numpy(found.x).to(a.device).exp()
-        return project_l1(a, self.kappa * v, v).to(A.dtype)
 
     def check(self, phi: Activation) -> None:
         _check_ball(self, phi, self.kappa, entrywise=True)
 
 
-class MatrixMeasure(WellPosedSet):
+class MatrixMeasure(_Weighted):
     """max_i A_ii + sum_{j != i} |A_ij| v_j / v_i <= gamma < 1: for phi with slopes in [0, 1].
 
     Rows may be far longer than 1 as long as the diagonal is negative enough. Picard need not
@@ -276,43 +277,42 @@ class MatrixMeasure(WellPosedSet):
     each row that is outside; `project` is the nearest point.
 
     Args:
-        gamma: Bound on the matrix measure mu_{inf, v}(A).
+        gamma: Bound on the matrix measure mu_{inf, v}(A); times the largest slope of phi it must
+            be below 1, which `check` and layers ask for.
         weights: v > 0, one a state; None for ones.
+
+    Raises:
+        ValueError: gamma is not finite, or weights are no positive vector.
+        TypeError: gamma or weights are no numbers.
 
     Reference:
         Jafarpour, Davydov, Proskurnikov and Bullo 2021 (NEMON), theorem 1 and lemma 7.
     """
 
-    weights: Tensor | None
-
     def __init__(self, gamma: float = 0.95, weights: Tensor | None = None):
-        super().__init__()
+        super().__init__(weights)
         self.gamma = number("gamma", gamma, -float("inf"), float("inf"))
-        self.register_buffer("weights", positive_weights(weights))
 
     def _excess(self, A: Tensor) -> Tensor:
         """A_ii + sum_{j != i} |A_ij| v_j / v_i - gamma.  # (..., n)"""
         diagonal = A.diagonal(dim1=-2, dim2=-1)
-        off = (A - torch.diag_embed(diagonal)).abs()
-        if self.weights is None:
-            rows = off.sum(-1)
-        else:
-            v = _fitting(self.weights, A)
-            rows = (off @ v) / v
-        return diagonal + rows - self.gamma
+        return diagonal + self._rows(A - torch.diag_embed(diagonal)) - self.gamma
 
     def margin(self, A: Tensor) -> Tensor:
         if A.shape[-1] == 0:
             return A.new_ones(A.shape[:-2])
-        return -self._excess(A).amax(-1)
+        return -self._excess(widened(A)).amax(-1)
 
     def forward(self, W: Tensor) -> Tensor:
-        return W - torch.diag_embed(self._excess(W).clamp_min(0))
+        wide = widened(W)
+        lower = wide - torch.diag_embed(self._excess(wide).clamp_min(0))
+        return narrowed(lower, W.dtype, diagonal_down=True)
 
     @torch.no_grad()
     def project(self, A: Tensor) -> Tensor:
-        v = None if self.weights is None else _fitting(self.weights, A)
-        return project_matrix_measure(A, self.gamma, v)
+        wide = widened(A)
+        nearest = project_matrix_measure(wide, self.gamma, self._fitting(wide))
+        return narrowed(nearest, A.dtype, diagonal_down=True)
 
     def check(self, phi: Activation) -> None:
         low, high = phi.slope
@@ -348,8 +348,9 @@ class _SpectralExcessReverse(torch.autograd.Function):
 
     @staticmethod
     def forward(S: Tensor, c: float) -> Tensor:
-        value, V = torch.linalg.eigh(S)
-        return (V * (value - c).clamp_min(0)[..., None, :]) @ V.mT
+        with torch.autocast(S.device.type, enabled=False):
+            value, V = torch.linalg.eigh(S)
+            return (V * (value - c).clamp_min(0)[..., None, :]) @ V.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
@@ -395,6 +396,10 @@ class Monotone(WellPosedSet):
     Args:
         m: Strong monotonicity constant, > 0.
 
+    Raises:
+        ValueError: m is not positive and finite.
+        TypeError: m is no number.
+
     Reference:
         Winston and Kolter 2020, theorem 1; Higham 1988 (the projection).
     """
@@ -406,13 +411,23 @@ class Monotone(WellPosedSet):
     def margin(self, A: Tensor) -> Tensor:
         if A.shape[-1] == 0:
             return A.new_ones(A.shape[:-2])
+        A = widened(A)
         return (1 - self.m) - torch.linalg.eigvalsh((A + A.mT) / 2)[..., -1]
 
     def forward(self, W: Tensor) -> Tensor:
         if W.shape[-1] == 0:
             return W
-        rule = _SpectralExcessReverse if torch.compiler.is_compiling() else _SpectralExcess
-        return W - rule.apply((W + W.mT) / 2, 1 - self.m)
+        compiled = reverse_only("Clipping of eigenvalues")
+        rule = _SpectralExcessReverse if compiled else _SpectralExcess
+        wide = widened(W)
+        A = wide - rule.apply((wide + wide.mT) / 2, 1 - self.m)
+        if A.dtype == W.dtype:
+            return A
+        # Rounding adds E to the symmetric part, and E <= diag(sum_j |E_ij|): taken off again.
+        error = narrowed(A.detach(), W.dtype).to(A.dtype) - A.detach()
+        error = (error + error.mT).abs() / 2
+        off = error.sum(-1) - error.diagonal(dim1=-2, dim2=-1)
+        return narrowed(A - torch.diag_embed(off), W.dtype, diagonal_down=True)
 
     @torch.no_grad()
     def project(self, A: Tensor) -> Tensor:
