@@ -648,6 +648,18 @@ def test_newton_picard_refuses_what_has_no_dominant_direction():
         NewtonPicard(inner=0)
 
 
+def test_newton_picard_takes_plain_steps_where_its_coarse_equation_may_have_two_solutions():
+    """A = u v^T with u^T v = 0.3 and sum |u_i v_i| = 2.7: with one state off V^T D U = 1.5."""
+    A = torch.outer(torch.ones(2), torch.tensor([1.5, -1.2]))
+    f = AffineMap(A, torch.tensor([[0.1, 0.2], [0.3, -0.1]]), ReLU())
+    assert f.factors.dominant().spread > 1
+    *_, (fixed, _) = NewtonPicard().begin(f, torch.zeros(2, 2))
+    assert fixed.inner == 0
+    small = dataclasses.replace(f, A=0.3 * A)
+    *_, (fixed, _) = NewtonPicard().begin(small, torch.zeros(2, 2))
+    assert fixed.inner > 0
+
+
 def test_what_was_found_out_about_a_matrix_is_not_used_for_another():
     A, B = row_sums(rand(20, 20), 0.9), row_sums(rand(20, 20, seed=5), 0.9).mT
     f = AffineMap(A, rand(3, 20), ReLU())
