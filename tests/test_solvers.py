@@ -702,6 +702,11 @@ def test_f_at_the_solution_is_kept():
         if solution.image is not None:
             assert torch.allclose(solution.image, problem.f(solution.value), atol=1e-14), solver
     assert Auto().solve(problem.f).image is not None
+    case = Uneven(torch.float64, batch=30)  # ends one by one, at a loose tolerance
+    for solver in (Picard(rtol=1e-3), NewtonPicard(rtol=1e-3), Anderson(rtol=1e-3)):
+        solution = solver.solve(case.f, case.z0)
+        assert solution.steps.unique().numel() > 1 and solution.image is not None, solver
+        assert torch.allclose(solution.image, case.f(solution.value), atol=1e-12), solver
 
 
 SPLITTINGS = [ForwardBackward, PeacemanRachford]
