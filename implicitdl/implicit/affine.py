@@ -20,6 +20,7 @@ from torch import Tensor
 from torch.autograd import forward_ad
 
 from .. import activations, solvers
+from .._linalg import reverse_only
 from ..maps import AffineMap, Factors, Scaled, inside_transform
 from ..solution import Solution, Status
 from ..solvers import Auto, FixedPointSolver
@@ -115,12 +116,6 @@ def _equation(spec: str) -> Equation:
     return Equation(**facts)
 
 
-_NO_TRANSFORMS = (
-    "An implicit solve cannot be compiled inside torch.func transforms or forward mode. Compile the "
-    "layer and apply the transform to it without torch.compile, or leave out fullgraph=True."
-)
-
-
 def equilibrium(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
     """The solution of x = phi(A x + v), differentiable to every order in A and v.
 
@@ -135,10 +130,7 @@ def equilibrium(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
     Raises:
         ConvergenceError: a sample did not converge, forward or in a derivative.
     """
-    if torch.compiler.is_compiling():
-        # An operator has no rule for forward mode, and torch drops its tangents without a word.
-        if inside_transform() or forward_ad._current_level >= 0:
-            raise RuntimeError(_NO_TRANSFORMS)
+    if reverse_only("An implicit solve"):
         if not equation.spec:
             raise RuntimeError(
                 f"torch.compile and torch.export carry an equation as JSON, which {equation.phi} or "

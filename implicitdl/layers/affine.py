@@ -13,7 +13,7 @@ from .. import wellposed
 from ..activations import Activation, get_activation
 from ..implicit import Adjoint, Equation, Implicit, equilibrium, fixed_point, get_adjoint
 from ..maps import inside_transform
-from ..model import ImplicitModel, check_input, solve_state
+from ..model import ImplicitModel, accept, solve_state
 from ..solution import Solution
 from ..solvers import FixedPointSolver, get_solver
 from ..wellposed import WellPosedSet, get_well_posed
@@ -151,11 +151,7 @@ class _AffineLayer(nn.Module, abc.ABC):
 
     def _accept(self, u: Tensor) -> Tensor:
         """u, checked; under autocast, in the dtype of the weights."""
-        here = isinstance(u, Tensor) and u.device == self.B.device
-        if here and torch.is_autocast_enabled(u.device.type):
-            u = u.to(self.B.dtype)
-        check_input(u, self.in_features, self.B, "u")
-        return u
+        return accept(u, self.in_features, self.B)
 
     def state(self, u: Tensor, A: Tensor | None = None) -> Tensor:
         """The equilibrium alone, in at least float32.  # (*, in_features) -> (*, n)"""

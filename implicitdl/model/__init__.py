@@ -22,9 +22,9 @@ from ..maps import inside_transform
 from ..solution import Solution
 from ..solvers import FixedPointSolver
 from . import files
-from .states import check_input, solve_state, state_alone
+from .states import accept, check_input, solve_state, state_alone
 
-__all__ = ["ImplicitModel", "check_input", "solve_state", "stack"]
+__all__ = ["ImplicitModel", "accept", "check_input", "solve_state", "stack"]
 
 
 def _in_full_precision(operator: Callable[..., Any]) -> Callable[..., Any]:
@@ -192,7 +192,7 @@ class ImplicitModel:
         on_failure: str = "raise", record: bool = False,
     ) -> Solution:  # fmt: skip
         """`solve`; the error bound costs a certificate and a product in float64."""
-        u = self._accept(u)
+        u = accept(u, self.inputs, self.A)
         with torch.autocast(u.device.type, enabled=False):
             A, v = self._equation_at(u)
             facts = self._facts()
@@ -208,14 +208,6 @@ class ImplicitModel:
         work = torch.promote_types(self.A.dtype, torch.float32)
         return self.A.to(work), functional.linear(u.to(work), self.B.to(work), self.b.to(work))
 
-    def _accept(self, u: Tensor) -> Tensor:
-        """u, checked; under autocast, in the dtype of the model."""
-        here = isinstance(u, Tensor) and u.device == self.A.device
-        if here and torch.is_autocast_enabled(u.device.type):
-            u = u.to(self.A.dtype)
-        check_input(u, self.inputs, self.A, "u")
-        return u
-
     def __call__(self, u: Tensor, **options: Any) -> Tensor:
         """y = C x + D u + d at the state x of `solve`.  # (*batch, q)
 
@@ -226,7 +218,7 @@ class ImplicitModel:
         Raises:
             ConvergenceError, TypeError, ValueError: as `solve`.
         """
-        u = self._accept(u)
+        u = accept(u, self.inputs, self.A)
         if inside_transform() and not options:  # which hides the values that a Solution holds
             x = state_alone(*self._equation_at(u), Equation(self.activation))
         else:

@@ -13,6 +13,15 @@ from ..solution import Solution, check_on_failure
 from ..solvers import FixedPointSolver, get_solver
 
 
+def accept(u: Tensor, width: int, like: Tensor) -> Tensor:
+    """The input u, checked; under autocast, in the dtype of the weights `like`."""
+    here = isinstance(u, Tensor) and u.device == like.device
+    if here and torch.is_autocast_enabled(u.device.type):
+        u = u.to(like.dtype)
+    check_input(u, width, like, "u")
+    return u
+
+
 def check_input(u: Tensor, width: int, like: Tensor, name: str) -> None:
     """Refuse an input of the wrong kind in one line."""
     if not isinstance(u, Tensor):
