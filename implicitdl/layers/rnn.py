@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..model import ImplicitModel, check_input
+from ..model import ImplicitModel, cast, check_input
 from ..wellposed import Certificate
 from .affine import ImplicitLayer
 
@@ -70,12 +70,12 @@ class ImplicitRNN(nn.Module):
             ValueError: input or h0 has another shape, dtype or device than expected, or there are no
                 time steps.
         """
-        input = self._cast(input)
+        input = cast(input, self.cell.B)
         time, shape = self._checked(input)
         if h0 is None:
             h = input.new_zeros(shape)
         else:
-            h0 = self._cast(h0)
+            h0 = cast(h0, self.cell.B)
             check_input(h0, self.hidden_size, self.cell.B, "h0")
             if tuple(h0.shape) != (1, *shape):
                 raise ValueError(f"h0: got shape {tuple(h0.shape)}, expected {(1, *shape)}.")
@@ -103,12 +103,6 @@ class ImplicitRNN(nn.Module):
         if shape[time] == 0:
             raise ValueError(f"input: got shape {shape}, expected at least one time step.")
         return time, (*shape[:time], *shape[time + 1 : -1], self.hidden_size)
-
-    def _cast(self, t: Tensor) -> Tensor:
-        """Under autocast, an input of any dtype is one of the cell's."""
-        own = self.cell.B
-        here = isinstance(t, Tensor) and t.device == own.device
-        return t.to(own.dtype) if here and torch.is_autocast_enabled(own.device.type) else t
 
     def certificate(self, **options: Any) -> Certificate:
         """What can be proved of the cell, at every time step: its A is the same at all of them.

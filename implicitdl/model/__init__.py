@@ -22,9 +22,9 @@ from ..maps import inside_transform
 from ..solution import Solution
 from ..solvers import FixedPointSolver
 from . import files
-from .states import accept, check_input, solve_state, state_alone
+from .states import accept, cast, check_input, solve_state, state_alone
 
-__all__ = ["ImplicitModel", "accept", "check_input", "solve_state", "stack"]
+__all__ = ["ImplicitModel", "accept", "cast", "check_input", "solve_state", "stack"]
 
 
 def _in_full_precision(operator: Callable[..., Any]) -> Callable[..., Any]:

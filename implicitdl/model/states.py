@@ -15,11 +15,15 @@ from ..solvers import FixedPointSolver, get_solver
 
 def accept(u: Tensor, width: int, like: Tensor) -> Tensor:
     """The input u, checked; under autocast, in the dtype of the weights `like`."""
-    here = isinstance(u, Tensor) and u.device == like.device
-    if here and torch.is_autocast_enabled(u.device.type):
-        u = u.to(like.dtype)
+    u = cast(u, like)
     check_input(u, width, like, "u")
     return u
+
+
+def cast(t: Tensor, like: Tensor) -> Tensor:
+    """t; under autocast, where inputs come in any dtype, in that of the weights `like`."""
+    here = isinstance(t, Tensor) and t.device == like.device
+    return t.to(like.dtype) if here and torch.is_autocast_enabled(t.device.type) else t
 
 
 def check_input(u: Tensor, width: int, like: Tensor, name: str) -> None:
