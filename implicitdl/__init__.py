@@ -4,20 +4,23 @@ The map, in reading order:
 
     ImplicitLayer, MonotoneLayer, EquilibriumLayer, ImplicitRNN     layers
     ImplicitModel, stack                                            the algebra
+    to_implicit                                                     networks as implicit models
     fixed_point, attach, Implicit, OneStep, Neumann, Unrolled       solves with gradients
-    solvers, activations, wellposed, plot                           modules
+    solvers, activations, wellposed, convert, plot                  modules
     Solution, Status, and the errors                                what comes back
 """
 
 import importlib
 from typing import Any
 
-from . import activations, maps, solvers, wellposed
+from . import activations, convert, solvers, wellposed
+from .convert import to_implicit
 from .implicit import Implicit, Neumann, OneStep, Unrolled, attach, fixed_point
 from .layers import EquilibriumLayer, ImplicitLayer, ImplicitRNN, MonotoneLayer
 from .model import ImplicitModel, stack
 from .solution import (
     ConvergenceError,
+    ConversionError,
     ImplicitDLError,
     NotWellPosedError,
     Solution,
@@ -28,6 +31,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "ConvergenceError",
+    "ConversionError",
     "EquilibriumLayer",
     "Implicit",
     "ImplicitDLError",
@@ -43,11 +47,12 @@ __all__ = [
     "Unrolled",
     "activations",
     "attach",
+    "convert",
     "fixed_point",
-    "maps",
     "plot",
     "solvers",
     "stack",
+    "to_implicit",
     "wellposed",
 ]
 

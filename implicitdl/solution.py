@@ -64,6 +64,14 @@ class NotWellPosedError(ImplicitDLError, ValueError):
         self.margin = margin
 
 
+class ConversionError(ImplicitDLError, TypeError):
+    """A network, or a part of it, is not of the form of an implicit model; see `.module_path`."""
+
+    def __init__(self, message: str, module_path: str = ""):
+        super().__init__(message)
+        self.module_path = module_path
+
+
 class ConvergenceWarning(UserWarning):
     """Shown instead of the error where the caller asked for `on_failure="warn"`."""
 

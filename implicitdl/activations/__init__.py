@@ -23,6 +23,7 @@ from ..solution import unknown_name
 from ._base import REGISTRY, Activation, own_fields
 from .blocks import Blocks, Softmax
 from .piecewise import HardTanh, Identity, LeakyReLU, ReLU, SoftShrink
+from .pooling import MaxPool
 from .smooth import ELU, GELU, Sigmoid, SiLU, Softplus, Tanh
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "HardTanh",
     "Identity",
     "LeakyReLU",
+    "MaxPool",
     "ReLU",
     "SiLU",
     "Sigmoid",
@@ -40,6 +42,7 @@ __all__ = [
     "Softmax",
     "Softplus",
     "Tanh",
+    "as_module",
     "from_config",
     "get_activation",
 ]
@@ -76,9 +79,25 @@ def from_config(config: Mapping[str, Any]) -> Activation:
         except (TypeError, ValueError) as error:
             raise ValueError(f"config of Blocks: got parts {values['parts']!r}") from error
     for key, value in values.items():
-        if key != "parts" and (isinstance(value, bool) or not isinstance(value, int | float)):
-            raise ValueError(f"{cls.__name__}: got {key}={value!r}, expected a number")
+        if key != "parts":
+            values[key] = _plain(cls.__name__, key, value, fields[key].type)
     return cls(**values)
+
+
+def _plain(name: str, key: str, value: Any, kind: Any) -> Any:
+    """A number, or, where the field is one of a flag or of whole numbers, such."""
+    expected = "a number"
+    if kind is bool:
+        expected, good = "true or false", type(value) is bool
+    elif kind == tuple[int, ...]:
+        expected = "a list of integers"
+        good = isinstance(value, list | tuple) and all(type(i) is int for i in value)
+        value = tuple(value) if good else value
+    else:
+        good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good:
+        raise ValueError(f"{name}: got {key}={value!r}, expected {expected}")
+    return value
 
 
 # What PyTorch calls them, beside every registered class name in any case and with or without "_".
@@ -99,6 +118,35 @@ _MODULES: dict[type[nn.Module], Callable[[Any], Activation | None]] = {
     nn.GELU: lambda m: GELU() if m.approximate == "none" else None,
     nn.Softmax: lambda m: Softmax() if m.dim == -1 else None,
 }
+
+
+_BACK: dict[type[Activation], Callable[[Any], nn.Module]] = {
+    Identity: lambda phi: nn.Identity(),
+    ReLU: lambda phi: nn.ReLU(),
+    LeakyReLU: lambda phi: nn.LeakyReLU(phi.negative_slope),
+    ELU: lambda phi: nn.ELU(phi.alpha),
+    Softplus: lambda phi: nn.Softplus(threshold=phi.threshold),
+    Sigmoid: lambda phi: nn.Sigmoid(),
+    Tanh: lambda phi: nn.Tanh(),
+    HardTanh: lambda phi: nn.Hardtanh(phi.low, phi.high),
+    SoftShrink: lambda phi: nn.Softshrink(phi.threshold),
+    SiLU: lambda phi: nn.SiLU(),
+    GELU: lambda phi: nn.GELU(),
+    Softmax: lambda phi: nn.Softmax(-1),
+    MaxPool: lambda phi: getattr(nn, f"MaxPool{len(phi.shape) - 1}d")(
+        phi.kernel_size, phi.stride, phi.padding, phi.dilation, ceil_mode=phi.ceil_mode
+    ),
+}
+
+
+def as_module(phi: Activation) -> nn.Module | None:
+    """PyTorch's module that equals the activation on a block in its own shape; None if there is none.
+
+    Args:
+        phi: the activation.
+    """
+    make = _BACK.get(type(phi))
+    return None if make is None else make(phi)
 
 
 def get_activation(activation: "str | Activation | nn.Module") -> Activation:

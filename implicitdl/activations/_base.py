@@ -94,6 +94,11 @@ class Activation(abc.ABC):
         return True
 
     @property
+    def symmetric(self) -> bool:
+        """Whether the Jacobian is symmetric, so that `product` serves for its transpose, too."""
+        return True
+
+    @property
     def lipschitz(self) -> float:
         """The Lipschitz constant max(|lo|, |hi|)."""
         return max(map(abs, self.slope))
@@ -122,6 +127,14 @@ class Activation(abc.ABC):
     @abc.abstractmethod
     def __call__(self, z: Tensor) -> Tensor:  # (..., n) -> (..., n)
         """x = phi(z)."""
+
+    def natural(self, z: Tensor) -> Tensor:  # (m, *shape) -> (m, *shape)
+        """phi on a block of states in its own shape, one sample a row."""
+        return self(z)
+
+    def natural_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
+        """The shape of what `natural` returns, one sample."""
+        return shape
 
     def call_(self, z: Tensor) -> Tensor:
         """phi in place: overwrites z and returns it. For loops without autograd."""

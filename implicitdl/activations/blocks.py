@@ -110,6 +110,8 @@ class Blocks(Activation):
                 raise ValueError(f"Blocks: got size {n!r} for {phi}, expected a positive integer")
             if isinstance(phi, Blocks) and phi.size != n:
                 raise ValueError(f"Blocks: a nested part of {phi.size} states got size {n}")
+            if phi.size not in (None, n):
+                raise ValueError(f"Blocks: {phi} is for {phi.size} states, got size {n}")
             flat.extend(phi.parts if isinstance(phi, Blocks) else [(phi, n)])
         if not flat:
             raise ValueError("Blocks: got no parts, expected at least one (activation, size)")
@@ -166,6 +168,10 @@ class Blocks(Activation):
     @property
     def entrywise(self) -> bool:
         return all(phi.entrywise for phi, _ in self.parts)
+
+    @property
+    def symmetric(self) -> bool:
+        return all(phi.symmetric for phi, _ in self.parts)
 
     def _split(self, *tensors: Tensor) -> Iterable[tuple[Any, ...]]:
         """(phi, its slice of each tensor) for each run."""

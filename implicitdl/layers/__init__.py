@@ -4,8 +4,12 @@ Every layer takes `(*, features)` as `nn.Linear` does, raises ConvergenceError w
 and has `solve(u)` for the state with its residual, steps and error bound.
 """
 
+from ..convert import register
+from ..convert.modules import implicit_layer
 from .affine import ImplicitLayer, MonotoneLayer
 from .equilibrium import EquilibriumLayer
 from .rnn import ImplicitRNN
 
 __all__ = ["EquilibriumLayer", "ImplicitLayer", "ImplicitRNN", "MonotoneLayer"]
+
+register(ImplicitLayer, MonotoneLayer)(implicit_layer)  # so that networks with them convert

@@ -3,42 +3,30 @@
 Reference: El Ghaoui, Gu, Travacca, Askari, Tsai (2021), section 3 and appendix on composition.
 """
 
-import functools
 import operator
 import os
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional
 
-from .. import activations, wellposed
-from ..activations import Activation, Blocks
+from .. import wellposed
+from ..activations import Activation
 from ..implicit import Adjoint as AdjointType
 from ..implicit import Equation
 from ..maps import inside_transform
+from ..operators import DENSE_LIMIT
 from ..solution import Solution
 from ..solvers import FixedPointSolver
-from . import files
-from .states import accept, cast, check_input, solve_state, state_alone
+from . import blockwise, explicit, files, matrices, report, sweep, wiring
+from .simplify import simplified
+from .states import accept, cast, check_input, in_full_precision, solve_state, state_alone
+from .structure import Structure
 
-__all__ = ["ImplicitModel", "accept", "cast", "check_input", "solve_state", "stack"]
-
-
-def _in_full_precision(operator: Callable[..., Any]) -> Callable[..., Any]:
-    """The operator, outside autocast: a model's blocks keep its dtype."""
-
-    @functools.wraps(operator)
-    def wrapped(self: "ImplicitModel", *args: Any) -> Any:
-        device = self.A.device.type
-        if device == "meta" or not torch.is_autocast_enabled(device):
-            return operator(self, *args)
-        with torch.autocast(device, enabled=False):
-            return operator(self, *args)
-
-    return wrapped
+__all__ = ["ImplicitModel", "Structure", "accept", "cast", "check_input", "solve_state", "stack"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -53,6 +41,12 @@ class ImplicitModel:
         stack(f, g)     the outputs of both, one after the other
         f.feedback(K)   the loop u = v + K y closed
 
+    A model is given by matrices, or by blocks that are operators, as `to_implicit` makes it of a
+    network. Then A, B, C and D are views, grids of operators that `dense()` alone turns into
+    matrices; operators wire blocks to each other; and the state is found block by block, a loop
+    among blocks as a small fixed point of its own. Such a model takes inputs in the network's shape,
+    too, and answers in its shape.
+
     Args:
         A: state to state.  # (n, n)
         B: input to state.  # (n, p)
@@ -60,9 +54,10 @@ class ImplicitModel:
         D: input to output; zeros by default.  # (q, p)
         b, d: biases; zeros by default.  # (n,), (q,)
         phi: an activation, `Blocks` of them, or a name.
+        structure: the blocks, in place of all of the above.
 
     Raises:
-        TypeError: one of A, B, C, D, b, d is no tensor.
+        TypeError: one of A, B, C, D, b, d is no tensor, or is given beside a structure.
         ValueError: shapes, dtypes or devices do not fit together, or phi is unknown.
 
     Example:
@@ -74,57 +69,28 @@ class ImplicitModel:
                 [0.]])
     """
 
-    A: Tensor
-    B: Tensor
-    C: Tensor
-    D: Tensor | None = None
-    b: Tensor | None = None
-    d: Tensor | None = None
+    A: Any = None  # Tensor; `Grid` where there is a structure
+    B: Any = None
+    C: Any = None
+    D: Any = None
+    b: Any = None  # Tensor; `BlockVector` where there is a structure
+    d: Any = None
     phi: Any = "relu"  # Activation | str; `Blocks` once the model is made
+    structure: Structure | None = field(default=None, repr=False)
 
     def __post_init__(self) -> None:
-        for name in "ABC":
-            t = getattr(self, name)
-            if not isinstance(t, Tensor):
-                raise TypeError(f"ImplicitModel: {name} is {type(t).__name__}, expected a matrix.")
-            if t.dim() != 2:
-                raise ValueError(f"ImplicitModel: {name} is {tuple(t.shape)}, expected a matrix.")
-        n, p, q = self.A.shape[0], self.B.shape[1], self.C.shape[0]
-        shapes = {"A": (n, n), "B": (n, p), "C": (q, n), "D": (q, p), "b": (n,), "d": (q,)}
-        for name, shape in shapes.items():
-            t = getattr(self, name)
-            if t is None:
-                t = self.A.new_zeros(shape)
-                object.__setattr__(self, name, t)
-            if not isinstance(t, Tensor):
+        if self.structure is not None:
+            given = [n for n in "ABCDbd" if getattr(self, n) is not None]
+            if given or self.phi != "relu":
+                names = ", ".join(given or ["phi"])
                 raise TypeError(
-                    f"ImplicitModel: {name} is {type(t).__name__}, expected a tensor {shape}."
+                    f"ImplicitModel: got {names} beside a structure, which has its own."
                 )
-            if tuple(t.shape) != shape:
-                raise ValueError(
-                    f"ImplicitModel: {name} has shape {tuple(t.shape)}, expected {shape} "
-                    f"(n={n} states from A, p={p} inputs from B, q={q} outputs from C)."
-                )
-            if t.dtype != self.A.dtype or t.device != self.A.device:
-                raise ValueError(
-                    f"ImplicitModel: {name} is {t.dtype} on {t.device}, expected {self.A.dtype} "
-                    f"on {self.A.device} as A."
-                )
-        if not self.A.is_floating_point():
-            raise ValueError(f"ImplicitModel: A is {self.A.dtype}, expected a floating dtype.")
-        if n == 0:
-            raise ValueError(
-                "ImplicitModel: A is (0, 0), expected at least one state; an affine map y = D u + d "
-                "has one that C does not read: A = B = C = 0."
-            )
-        phi = activations.get_activation(self.phi)
-        if not isinstance(phi, Blocks):
-            phi = Blocks.of(phi, n)
-        if phi.size != n:
-            raise ValueError(
-                f"ImplicitModel: phi is for {phi.size} states, expected {n} as A has rows."
-            )
-        object.__setattr__(self, "phi", phi)
+            for name in (*"ABCDbd", "phi"):
+                object.__setattr__(self, name, getattr(self.structure, name))
+            return
+        for name, value in matrices.checked(self).items():
+            object.__setattr__(self, name, value)
 
     @property
     def states(self) -> int:
@@ -142,16 +108,40 @@ class ImplicitModel:
         return self.C.shape[0]
 
     @property
+    def dtype(self) -> torch.dtype:
+        """Of its tensors; torch's default where it has none."""
+        return torch.get_default_dtype() if self._like is None else self._like.dtype
+
+    @property
+    def device(self) -> torch.device:
+        """Where its tensors are; the CPU where it has none."""
+        return torch.device("cpu") if self._like is None else self._like.device
+
+    @property
+    def _like(self) -> Tensor | None:
+        return self.A if self.structure is None else self.structure.example
+
+    @property
     def activation(self) -> Activation:
         """phi, unwrapped where it is one activation for all states."""
         parts = self.phi.parts
         return parts[0][0] if len(parts) == 1 else self.phi
 
     def __repr__(self) -> str:
+        kind = str(self.dtype).removeprefix("torch.")
+        if self.structure is not None:
+            return (
+                f"ImplicitModel(states={self.states}, inputs={self.inputs}, "
+                f"outputs={self.outputs}, blocks={len(self.structure.blocks)}, {kind})"
+            )
         return (
             f"ImplicitModel(states={self.states}, inputs={self.inputs}, outputs={self.outputs}, "
-            f"phi={self.activation}, {str(self.A.dtype).removeprefix('torch.')})"
+            f"phi={self.activation}, {kind})"
         )
+
+    def __str__(self) -> str:
+        """Of a structured model, its blocks, what each reads, and its certificate."""
+        return repr(self) if self.structure is None else report.text(self.structure)
 
     # ---- what it computes ------------------------------------------------------------------------
 
@@ -174,7 +164,7 @@ class ImplicitModel:
 
         Returns:
             Solution; `value` is the state  # (*batch, n), differentiable in A, B, b and u, in at
-            least float32. Where ||A||_inf times the Lipschitz constant of phi is below 1, or A is
+            least float32 (in the weights' dtype where the model is structured). Where ||A||_inf times the Lipschitz constant of phi is below 1, or A is
             strictly triangular, `error_bound` bounds its distance to the exact equilibrium, in the
             norm of `certificate(refute=False)`.
 
@@ -184,6 +174,8 @@ class ImplicitModel:
             ValueError: u or x0 has another width, dtype or device than the model, or an option is
                 unknown.
         """
+        if self.structure is not None:
+            return sweep.solve(self.structure, u, x0, solver, adjoint, on_failure, record)
         return self._solve(u, True, x0, solver, adjoint, on_failure, record)
 
     def _solve(
@@ -218,15 +210,24 @@ class ImplicitModel:
         Raises:
             ConvergenceError, TypeError, ValueError: as `solve`.
         """
+        if self.structure is not None:
+            return sweep.call(self.structure, u, **options)
         u = accept(u, self.inputs, self.A)
-        if inside_transform() and not options:  # which hides the values that a Solution holds
+        if (
+            inside_transform() and not options and self.phi.symmetric
+        ):  # which hides the values that a Solution holds
             x = state_alone(*self._equation_at(u), Equation(self.activation))
         else:
             x = self._solve(u, False, **options).value
         return functional.linear(x.to(self.C.dtype), self.C, self.d) + functional.linear(u, self.D)
 
     def certificate(self, **options: Any) -> "wellposed.Certificate":
-        """What can be proved of x = phi(A x + b): see `implicitdl.wellposed.certificate`."""
+        """What can be proved of x = phi(A x + b): see `implicitdl.wellposed.certificate`.
+
+        Of a structured model it is proved loop by loop, and takes the options `refute` and `seed`.
+        """
+        if self.structure is not None:
+            return blockwise.certificate(self.structure, **options)
         return wellposed.certificate(self.A, self.phi, **options)
 
     def _facts(self) -> dict[str, Any]:
@@ -242,7 +243,7 @@ class ImplicitModel:
 
     # ---- the algebra -----------------------------------------------------------------------------
 
-    @_in_full_precision
+    @in_full_precision
     def __matmul__(self, f: "ImplicitModel") -> "ImplicitModel":
         """The cascade u -> f -> self; its states are those of self, then those of f.
 
@@ -253,22 +254,13 @@ class ImplicitModel:
         """
         if not isinstance(f, ImplicitModel):
             return NotImplemented
-        g = self
-        _together("g @ f", g, f)
-        if g.inputs != f.outputs:
+        _together("g @ f", self, f)
+        if self.inputs != f.outputs:
             raise ValueError(
-                f"g @ f: f has {f.outputs} outputs, g takes {g.inputs} inputs; they must be equal."
+                f"g @ f: f has {f.outputs} outputs, g takes {self.inputs} inputs; they must be "
+                "equal."
             )
-        zero = f.A.new_zeros(f.states, g.states)
-        return ImplicitModel(
-            A=torch.cat([torch.cat([g.A, g.B @ f.C], 1), torch.cat([zero, f.A], 1)]),
-            B=torch.cat([g.B @ f.D, f.B]),
-            C=torch.cat([g.C, g.D @ f.C], 1),
-            D=g.D @ f.D,
-            b=torch.cat([g.b + g.B @ f.d, f.b]),
-            d=g.d + g.D @ f.d,
-            phi=Blocks(parts=g.phi.parts + f.phi.parts),
-        )
+        return _joined("cascade", self, f)
 
     def __add__(self, g: "ImplicitModel") -> "ImplicitModel":
         """y_f + y_g for the same input.
@@ -279,24 +271,15 @@ class ImplicitModel:
         """
         if not isinstance(g, ImplicitModel):
             return NotImplemented
-        f = self
-        _together("f + g", f, g)
-        if (f.inputs, f.outputs) != (g.inputs, g.outputs):
+        _together("f + g", self, g)
+        if (self.inputs, self.outputs) != (g.inputs, g.outputs):
             raise ValueError(
-                f"f + g: f maps {f.inputs} -> {f.outputs}, g maps {g.inputs} -> {g.outputs}; "
-                "inputs and outputs must agree."
+                f"f + g: f maps {self.inputs} -> {self.outputs}, g maps {g.inputs} -> "
+                f"{g.outputs}; inputs and outputs must agree."
             )
-        return ImplicitModel(
-            A=torch.block_diag(f.A, g.A),
-            B=torch.cat([f.B, g.B]),
-            C=torch.cat([f.C, g.C], 1),
-            D=f.D + g.D,
-            b=torch.cat([f.b, g.b]),
-            d=f.d + g.d,
-            phi=Blocks(parts=f.phi.parts + g.phi.parts),
-        )
+        return _joined("added", self, g)
 
-    @_in_full_precision
+    @in_full_precision
     def feedback(self, K: Tensor) -> "ImplicitModel":
         """The loop u = v + K y closed: the model from v to y.
 
@@ -316,29 +299,14 @@ class ImplicitModel:
             raise ValueError(
                 f"feedback: K has shape {tuple(K.shape)}, expected {(self.inputs, self.outputs)}."
             )
-        if (K.dtype, K.device) != (self.A.dtype, self.A.device):
+        if (K.dtype, K.device) != (self.dtype, self.device):
             raise ValueError(
-                f"feedback: K is {K.dtype} on {K.device}, expected {self.A.dtype} on "
-                f"{self.A.device} as A; convert with .to()."
+                f"feedback: K is {K.dtype} on {K.device}, expected {self.dtype} on "
+                f"{self.device} as A; convert with .to()."
             )
-        work = torch.promote_types(K.dtype, torch.float32)  # no inverse in half precision
-        eye = torch.eye(self.outputs, dtype=work, device=K.device)
-        M, info = torch.linalg.inv_ex(eye - self.D.to(work) @ K.to(work))
-        M = M.to(K.dtype)
-        if bool(info) or not bool(torch.isfinite(M).all()):
-            raise ValueError(
-                "feedback: I - D K is singular, the outputs are not determined. Change K or D."
-            )
-        BKM = self.B @ K @ M
-        return replace(
-            self,
-            A=self.A + BKM @ self.C,
-            B=self.B + BKM @ self.D,
-            C=M @ self.C,
-            D=M @ self.D,
-            b=self.b + BKM @ self.d,
-            d=M @ self.d,
-        )
+        if self.structure is None:
+            return matrices.feedback(self, K)
+        return ImplicitModel(structure=wiring.feedback(self.structure, K))
 
     def rescale(self, kappa: float | None = None) -> "ImplicitModel":
         """The same input-output map with ||A||_inf <= kappa < 1, x' = S x.
@@ -348,21 +316,25 @@ class ImplicitModel:
 
         Raises:
             NotWellPosedError: the Perron root of |A| is not below kappa.
-            ValueError: phi is not positively homogeneous, so that S does not pass through it.
+            ValueError: phi is not positively homogeneous entry by entry, so that S does not pass
+                through it; or a structured model has a loop.
         """
-        if not self.phi.homogeneous:
+        if not (self.phi.homogeneous and self.phi.entrywise):
             raise ValueError(
-                f"rescale: {self.activation} is not positively homogeneous, phi(S z) is not "
-                "S phi(z). Only ReLU, leaky ReLU and the identity can be rescaled."
+                f"rescale: {_shortened(self.activation)} is not positively homogeneous entry by "
+                "entry, phi(S z) is not S phi(z). Only ReLU, leaky ReLU and the identity can be "
+                "rescaled."
             )
-        A, s = wellposed.rescale(self.A, kappa)
-        return replace(self, A=A, B=s[:, None] * self.B, C=self.C / s, b=s * self.b)
+        if self.structure is None:
+            return matrices.rescaled(self, kappa)
+        return ImplicitModel(structure=wiring.rescaled(self.structure, kappa))
 
     def permute(self, order: Sequence[int] | Tensor) -> "ImplicitModel":
         """The same map with its states in another order: state i of the result is order[i] here.
 
         Raises:
-            ValueError: not a permutation, or one that takes a softmax block apart.
+            ValueError: not a permutation, or one that takes a softmax block apart, or any block of
+                a structured model.
         """
         given = order.tolist() if isinstance(order, Tensor) else order
         given = list(given) if isinstance(given, Iterable) else [given]
@@ -375,15 +347,59 @@ class ImplicitModel:
             raise ValueError(
                 f"permute: got [{shown}], expected a permutation of 0..{self.states - 1}."
             )
-        at = torch.tensor(new, device=self.A.device)
-        return replace(
-            self,
-            A=self.A[at][:, at],
-            B=self.B[at],
-            C=self.C[:, at],
-            b=self.b[at],
-            phi=_permuted(self.phi, new),
-        )
+        if self.structure is None:
+            return matrices.permuted(self, new)
+        return ImplicitModel(structure=wiring.permuted(self.structure, new))
+
+    # ---- structure -------------------------------------------------------------------------------
+
+    def structured(self) -> "ImplicitModel":
+        """The same as blocks: itself, or a model of one block with the matrices as operators."""
+        if self.structure is not None:
+            return self
+        return ImplicitModel(structure=wiring.structured(self))
+
+    def dense(self, limit: int = DENSE_LIMIT) -> "ImplicitModel":
+        """The same with A, B, C and D as matrices.
+
+        Args:
+            limit: how many entries each of them may have.
+
+        Raises:
+            ValueError: one would have more; the message says how many.
+        """
+        if self.structure is None:
+            return self
+        like = torch.empty(0, dtype=self.dtype, device=self.device)
+        kind: dict[str, Any] = {"dtype": self.dtype, "device": self.device}
+        A, B, C, D = (getattr(self, name).dense(limit, **kind) for name in "ABCD")
+        b, d = self.b.dense(limit, like=like), self.d.dense(limit, like=like)
+        return ImplicitModel(A, B, C, D, b, d, self.phi)
+
+    def simplify(self, grow: float = 1.0) -> "ImplicitModel":
+        """The same map without states that no output sees, and without linear ones.
+
+        Args:
+            grow: a linear block is written into the rows that read it where a sample then costs at
+                most so many times the multiplications; `math.inf` leaves no linear block but loops.
+
+        Raises:
+            ValueError: grow is below 1.
+        """
+        if not grow >= 1:
+            raise ValueError(f"grow: got {grow}, expected a factor of at least 1.")
+        return ImplicitModel(structure=simplified(wiring.structured(self), grow))
+
+    def to_sequential(self) -> torch.nn.Module:
+        """An explicit module that computes the same, with parameters of its own.
+
+        Layer by layer as `torch.nn.Sequential` of torch's own modules where each block reads only
+        the one before it; else a module that evaluates block after block.
+
+        Raises:
+            ValueError: there is a loop: A is not strictly triangular in any order of the blocks.
+        """
+        return explicit.sequential(self)
 
     def save(self, path: "str | os.PathLike[str]") -> None:
         """Write the model as safetensors, its activation in the JSON header.
@@ -455,37 +471,26 @@ def stack(f: ImplicitModel, g: ImplicitModel) -> ImplicitModel:
     _together("stack", f, g)
     if f.inputs != g.inputs:
         raise ValueError(f"stack: f takes {f.inputs} inputs, g {g.inputs}; they must be equal.")
-    return ImplicitModel(
-        A=torch.block_diag(f.A, g.A),
-        B=torch.cat([f.B, g.B]),
-        C=torch.block_diag(f.C, g.C),
-        D=torch.cat([f.D, g.D]),
-        b=torch.cat([f.b, g.b]),
-        d=torch.cat([f.d, g.d]),
-        phi=Blocks(parts=f.phi.parts + g.phi.parts),
-    )
+    return _joined("stacked", f, g)
+
+
+def _joined(how: str, f: ImplicitModel, g: ImplicitModel) -> ImplicitModel:
+    """Two models joined: matrices where both are such, else blocks."""
+    if f.structure is None and g.structure is None:
+        return getattr(matrices, how)(f, g)
+    joined = getattr(wiring, how)(wiring.structured(f), wiring.structured(g))
+    return ImplicitModel(structure=joined)
 
 
 def _together(what: str, f: ImplicitModel, g: ImplicitModel) -> None:
     """Refuse to promote or to move one of two models without a word."""
-    if (f.A.dtype, f.A.device) != (g.A.dtype, g.A.device):
+    if (f.dtype, f.device) != (g.dtype, g.device):
         raise ValueError(
-            f"{what}: got {f.A.dtype} on {f.A.device} and {g.A.dtype} on {g.A.device}, expected one "
+            f"{what}: got {f.dtype} on {f.device} and {g.dtype} on {g.device}, expected one "
             "dtype and device; convert the tensors of one model with .to()."
         )
 
 
-def _permuted(phi: Blocks, order: list[int]) -> Blocks:
-    """The activations of the permuted states, runs of the same one merged."""
-    owner = [block for block, (_, size) in enumerate(phi.parts) for _ in range(size)]
-    runs: list[list[int]] = []  # [block, length]
-    for state in order:
-        if runs and runs[-1][0] == owner[state]:
-            runs[-1][1] += 1
-        else:
-            runs.append([owner[state], 1])
-    for block, length in runs:
-        member, size = phi.parts[block]
-        if not member.entrywise and length != size:
-            raise ValueError(f"permute: the {size} states of a {member} block must stay together.")
-    return Blocks(parts=tuple((phi.parts[block][0], length) for block, length in runs))
+def _shortened(phi: Activation) -> str:
+    text = str(phi)
+    return text if len(text) < 200 else f"{text[:160]} ..."

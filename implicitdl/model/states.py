@@ -1,16 +1,33 @@
 """Solving for the state over any batch shape, for models and layers alike."""
 
+import functools
 from collections.abc import Callable
 from dataclasses import replace
+from typing import Any
 
 import torch
 from torch import Tensor
 
+from ..activations import Activation
 from ..implicit import Adjoint as AdjointType
 from ..implicit import Equation, equilibrium, get_adjoint
-from ..maps import AffineMap, inside_transform
+from ..maps import AffineMap, RowMap, inside_transform
 from ..solution import Solution, check_on_failure
 from ..solvers import FixedPointSolver, get_solver
+
+
+def in_full_precision(operator: Callable[..., Any]) -> Callable[..., Any]:
+    """The operator, outside autocast: a model's blocks keep its dtype."""
+
+    @functools.wraps(operator)
+    def wrapped(self: Any, *args: Any) -> Any:
+        device = self.device.type
+        if device == "meta" or not torch.is_autocast_enabled(device):
+            return operator(self, *args)
+        with torch.autocast(device, enabled=False):
+            return operator(self, *args)
+
+    return wrapped
 
 
 def accept(u: Tensor, width: int, like: Tensor) -> Tensor:
@@ -66,12 +83,18 @@ def solve_state(
         if x0.shape != v.shape:
             raise ValueError(f"x0: got shape {tuple(x0.shape)}, expected {tuple(v.shape)}.")
         x0 = x0.reshape(-1, n)
-    f = equation.map(A, v.reshape(-1, n))
+    rows = v.reshape(-1, n)
+    f: AffineMap | RowMap = equation.map(A, rows)
+    if not equation.phi.symmetric:  # whose adjoint is not an equation of the same kind
+        f, phi = RowMap(lambda x: phi(torch.addmm(rows, x, A.mT)), rows.shape), equation.phi
+        x0 = phi(rows.detach()) if x0 is None else x0
     solution = adjoint.run(f, x0, solver, record=record)
     error = None
     if bound is not None and not inside_transform():
         with torch.no_grad():
-            error = bound(_residual_at_most(A, f, solution.value)).view(batch)
+            error = bound(
+                _residual_at_most(A, v.reshape(-1, n), equation.phi, solution.value)
+            ).view(batch)
             # A norm over n states and a product, rounded up; of NaN nothing is known.
             error = error * (1 + (n + 16) * torch.finfo(torch.float64).eps)
             error = error.nan_to_num(nan=torch.inf, posinf=torch.inf)
@@ -96,7 +119,7 @@ def state_alone(A: Tensor, v: Tensor, equation: Equation) -> Tensor:
     return equilibrium(A, v.reshape(-1, v.shape[-1]), equation).reshape(v.shape)
 
 
-def _residual_at_most(A: Tensor, f: AffineMap, x: Tensor) -> Tensor:
+def _residual_at_most(A: Tensor, v: Tensor, phi: Activation, x: Tensor) -> Tensor:
     """|f(x) - x|, entry by entry, rounded up: its float64 evaluation with an allowance for the
     rounding of the sum, of phi and of the difference.
 
@@ -105,11 +128,11 @@ def _residual_at_most(A: Tensor, f: AffineMap, x: Tensor) -> Tensor:
     is off by the smallest normal number at most.
     """
     eps, tiny = torch.finfo(torch.float64).eps, torch.finfo(torch.float64).tiny
-    A, v, x = A.detach().double(), f.v.detach().double(), x.detach().double()
-    fx = AffineMap(A, v, f.phi)(x)
+    A, v, x = A.detach().double(), v.detach().double(), x.detach().double()
+    fx = AffineMap(A, v, phi)(x)
     size = x.abs() @ A.abs().mT + v.abs()
-    n, own = A.shape[-1], 8 if f.phi.entrywise else A.shape[-1] + 8
-    slack = (n + 4) * f.phi.lipschitz * (eps * size + tiny) + eps * (own * fx.abs() + x.abs())
-    if not f.phi.entrywise:  # the constant is that of the 2-norm, which the sum bounds
+    n, own = A.shape[-1], 8 if phi.entrywise else A.shape[-1] + 8
+    slack = (n + 4) * phi.lipschitz * (eps * size + tiny) + eps * (own * fx.abs() + x.abs())
+    if not phi.entrywise:  # the constant is that of the 2-norm, which the sum bounds
         slack = slack.sum(-1, keepdim=True).expand_as(slack)
     return (fx - x).abs() + slack

@@ -1,0 +1,223 @@
+"""Operators given by a matrix, by two thin ones, by a diagonal, or by nothing."""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from ._base import DENSE_LIMIT, Operator, Weight, added, read, require_small
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Dense(Operator):
+    """x -> W x on the last dimension of x.
+
+    Args:
+        weight: W.  # (out, in)
+        lead: the dimensions before the last, on each of which W acts alike.
+    """
+
+    weight: Weight
+    lead: tuple[int, ...] = ()
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of a sample that goes in."""
+        return (*self.lead, read(self.weight).shape[1])
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of a sample that comes out."""
+        return (*self.lead, read(self.weight).shape[0])
+
+    @property
+    def cost(self) -> int:
+        return math.prod(self.lead) * read(self.weight).numel()
+
+    @property
+    def light(self) -> bool:
+        """Never: a matrix is a matrix, however thin."""
+        return False
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        weight = read(self.weight)
+        if bias is None or (bias.dim() == 1 and bias.shape[0] == weight.shape[0]):
+            return F.linear(x, weight, bias)
+        return F.linear(x, weight) + bias
+
+    def transpose(self, g: Tensor) -> Tensor:
+        return g @ read(self.weight)
+
+    def abs(self) -> "Dense":
+        return replace(self, weight=read(self.weight).abs())
+
+    def dense(self, limit: int = DENSE_LIMIT, **kind: object) -> Tensor:
+        if self.lead:
+            return super().dense(limit, **kind)  # type: ignore[arg-type]
+        weight = read(self.weight)
+        require_small(weight.shape[0], weight.shape[1], limit)
+        return weight
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class LowRank(Operator):
+    """x -> L R^T x on vectors, by two thin products.
+
+    Args:
+        left: L.  # (out, r)
+        right: R.  # (in, r)
+    """
+
+    left: Weight
+    right: Weight
+
+    label = "low rank"
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of a sample that goes in."""
+        return (read(self.right).shape[0],)
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of a sample that comes out."""
+        return (read(self.left).shape[0],)
+
+    @property
+    def cost(self) -> int:
+        return read(self.left).numel() + read(self.right).numel()
+
+    @property
+    def light(self) -> bool:
+        """Never: two products."""
+        return False
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return added((x @ read(self.right)) @ read(self.left).mT, bias)
+
+    def transpose(self, g: Tensor) -> Tensor:
+        return (g @ read(self.left)) @ read(self.right).mT
+
+    def abs(self) -> "Dense":
+        return Dense((read(self.left) @ read(self.right).mT).abs())
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Scale(Operator):
+    """x -> s * x, a diagonal.
+
+    Args:
+        weight: s, broadcast against a sample.
+        shape: of a sample.
+        factor: a number that s is multiplied by.
+    """
+
+    weight: Weight
+    shape: tuple[int, ...]
+    factor: float = 1.0
+
+    diagonal = True
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of a sample that goes in."""
+        return self.shape
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of a sample that comes out."""
+        return self.shape
+
+    @property
+    def cost(self) -> int:
+        return math.prod(self.shape)
+
+    def values(self) -> Tensor:
+        """s times the factor, as it broadcasts."""
+        s = read(self.weight)
+        return s if self.factor == 1.0 else s * self.factor
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        s = self.values()
+        if bias is None:
+            return x * s
+        channels = self.shape[0]
+        if x.dim() > 2 and s.dim() == len(self.shape) and s.numel() == channels == s.shape[0]:
+            # One pass, forward and backward: the normalisation by mean 0 and variance 1.
+            b = bias.reshape(-1) if bias.numel() == channels else bias.new_zeros(channels)
+            zero, one = s.new_zeros(channels), s.new_ones(channels)
+            y = F.batch_norm(x, zero, one, s.reshape(-1), b, False, 0.0, 0.0)
+            return y if bias.numel() == channels else y + bias
+        return torch.addcmul(bias, x, s)
+
+    def transpose(self, g: Tensor) -> Tensor:
+        return g * self.values()
+
+    def abs(self) -> "Scale":
+        return replace(self, weight=read(self.weight).abs(), factor=abs(self.factor))
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Identity(Operator):
+    """x -> x.
+
+    Args:
+        shape: of a sample.
+    """
+
+    shape: tuple[int, ...]
+
+    identity = True
+    diagonal = True
+
+    @property
+    def in_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of a sample that goes in."""
+        return self.shape
+
+    @property
+    def out_shape(self) -> tuple[int, ...]:  # type: ignore[override]
+        """Of a sample that comes out."""
+        return self.shape
+
+    @property
+    def cost(self) -> int:
+        return 0
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return added(x, bias)
+
+    def transpose(self, g: Tensor) -> Tensor:
+        return g
+
+    def abs(self) -> "Identity":
+        return self
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Zero(Operator):
+    """x -> 0, a block that is not there.
+
+    Args:
+        in_shape, out_shape: of a sample.
+    """
+
+    in_shape: tuple[int, ...]
+    out_shape: tuple[int, ...]
+
+    zero = True
+
+    @property
+    def cost(self) -> int:
+        return 0
+
+    def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
+        return added(x.new_zeros(x.shape[0], *self.out_shape), bias)
+
+    def transpose(self, g: Tensor) -> Tensor:
+        return g.new_zeros(g.shape[0], *self.in_shape)
+
+    def abs(self) -> "Zero":
+        return self
