@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -41,6 +41,7 @@ class MaxPool(Activation):
     symmetric = False
     homogeneous = True
     infinity_lipschitz = 1.0
+    _out: ClassVar[tuple[int, ...]]
 
     def __post_init__(self) -> None:
         dims = len(self.shape) - 1
@@ -60,7 +61,7 @@ class MaxPool(Activation):
 
     def natural_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
         """The shape of the image of maxima."""
-        return self._out  # type: ignore[attr-defined,no-any-return]
+        return self._out
 
     @property
     def size(self) -> int:

@@ -142,8 +142,9 @@ def _modules(row: Any, source: int) -> list[nn.Module] | None:
         for constant in constants:
             t = constant().detach()
             bias = t if bias is None else bias + t
-        out.append(_factor(factor, bias))
-    return [m for m in out if not isinstance(m, nn.Identity)]
+        if bias is not None or not factor.identity:
+            out.append(_factor(factor, bias))
+    return out
 
 
 def _expands(op: Operator) -> bool:
@@ -198,4 +199,4 @@ def _fixed(op: Operator) -> nn.Module | None:
         return getattr(nn, f"AdaptiveAvgPool{op.method[-2:]}")(*op.arguments)
     if isinstance(op, Pooling) and op.method.startswith("avg_pool"):
         return getattr(nn, f"AvgPool{op.method[-2:]}")(*op.arguments)
-    return nn.Identity() if op.identity else None
+    return None
