@@ -105,6 +105,15 @@ class Equation:
             raise TypeError(f"{self.phi} is not what its configuration describes")
         return replace(self, spec=spec)
 
+    @staticmethod
+    def from_spec(spec: str) -> "Equation":
+        """The equation that `spec` described.
+
+        Raises:
+            ValueError, TypeError, KeyError: it describes none.
+        """
+        return _equation(spec)
+
 
 @functools.lru_cache(maxsize=256)
 def _equation(spec: str) -> Equation:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from .. import activations
+from . import blockfiles
 
 if TYPE_CHECKING:
     from . import ImplicitModel
@@ -28,7 +29,11 @@ def save(model: "ImplicitModel", path: "str | os.PathLike[str]") -> None:
         raise FileNotFoundError(f"{name}: there is no folder {folder}.")
     text = ""
     try:
-        text = json.dumps({"version": _VERSION, "phi": model.phi.to_config()})
+        header: dict[str, Any] = {"version": _VERSION, "phi": model.phi.to_config()}
+        tensors: dict[str, Tensor] = {}
+        if model.structure is not None:
+            header["structure"], tensors = blockfiles.described(model.structure)
+        text = json.dumps(header)
         known = activations.from_config(json.loads(text)["phi"]) == model.phi
     except (TypeError, ValueError):
         known = False
@@ -37,7 +42,8 @@ def save(model: "ImplicitModel", path: "str | os.PathLike[str]") -> None:
             f"{name}: {model.activation} cannot be written to a file: make it a registered "
             "dataclass of plain numbers."
         )
-    tensors = {name: getattr(model, name).detach().clone().contiguous() for name in _NAMES}
+    if model.structure is None:
+        tensors = {n: getattr(model, n).detach().clone().contiguous() for n in _NAMES}
     save_file(tensors, name, metadata={_FORMAT: text})
 
 
@@ -70,22 +76,30 @@ def load(path: "str | os.PathLike[str]", device: torch.device) -> dict[str, Any]
         with safe_open(name, framework="pt", device="cpu") as file:
             text = (file.metadata() or {}).get(_FORMAT)
             names = sorted(file.keys())
-            if text is None or names != sorted(_NAMES):
+            header = {} if text is None else json.loads(text)
+            blocks = isinstance(header, dict) and "structure" in header
+            if text is None or not (blocks or names == sorted(_NAMES)):
                 raise ValueError(
                     f"not a saved ImplicitModel: it holds {names[:8]} and "
                     f"{'a' if text is not None else 'no'} header {_FORMAT!r}, expected "
                     f"{sorted(_NAMES)} and one."
                 )
-            header = json.loads(text)
             version = header.get("version") if isinstance(header, dict) else header
             if type(version) is not int or version != _VERSION or not isinstance(header, dict):
                 raise ValueError(f"version {version!r}, expected {_VERSION}.")
+            if blocks:
+                structure = header["structure"]
+                made = blockfiles.restored(structure, lambda n: file.get_tensor(n).to(device))
+                return {"structure": made}
             phi = activations.from_config(header.get("phi"))
             tensors = {name: file.get_tensor(name).to(device) for name in _NAMES}
         return {**tensors, "phi": phi}
     except SafetensorError as error:
         raise ValueError(f"{name}: not a safetensors file ({error}).") from error
-    except (ValueError, TypeError, KeyError, OverflowError, RecursionError) as error:
+    except (
+        ValueError, TypeError, KeyError, OverflowError, RecursionError, RuntimeError, IndexError,
+        AttributeError,
+    ) as error:  # fmt: skip
         raise ValueError(f"{name}: {error}") from error
 
 

@@ -327,6 +327,13 @@ def permuted(f: Structure, order: list[int]) -> Structure:
             )
         new.append(k)
         position += size
-    where = {old: i for i, old in enumerate(new)} | {INPUT: INPUT}
-    blocks = tuple(replace(f.blocks[k], row=f.blocks[k].row.moved(where.get)) for k in new)
-    return Structure(blocks, f.output.moved(where.get), f.input_shape)
+    return arranged(f, new)
+
+
+def arranged(f: Structure, order: list[int]) -> Structure:
+    """Block i of the result is block order[i] of f."""
+    where = {old: i for i, old in enumerate(order)} | {INPUT: INPUT}
+    blocks = tuple(
+        replace(f.blocks[k], row=f.blocks[k].row.moved(where.__getitem__)) for k in order
+    )
+    return Structure(blocks, f.output.moved(where.__getitem__), f.input_shape)
