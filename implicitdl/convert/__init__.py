@@ -16,7 +16,7 @@ from torch import Tensor, fx, nn
 from ..model import ImplicitModel
 from ..operators import Live, read
 from ..solution import ConversionError
-from . import functions, modules, shapes  # which register what they convert  # noqa: F401
+from . import derived, functions, modules, shapes  # which register what they convert  # noqa: F401
 from .builder import Refused, Trace, Value, live, same
 from .registry import FUNCTIONS, METHODS, of_module, register
 from .tracing import Untraceable, attribute, called, in_place, path, record, value

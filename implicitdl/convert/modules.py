@@ -75,6 +75,26 @@ def implicit_layer(trace: Trace, layer: Any, input: Value) -> Value:
     return y if layer.D is None else trace.add(y, trace.linear(u, live(layer, "D")))
 
 
+def implicit_rnn(
+    trace: Trace, rnn: Any, input: Value, h0: Any = None
+) -> tuple[Value, tuple[Value]]:
+    """h_t = layer([u_t, h_{t-1}]) with h_0 = 0: a looping block of states for each step."""
+    if not rnn.batch_first:
+        raise Refused("ImplicitRNN with batch_first=False has the samples second; set it to True")
+    if h0 is not None or len(input.shape) != 2:
+        raise Refused(f"ImplicitRNN with an initial state, or of a sample of shape {input.shape}")
+    outputs: list[Value] = []
+    for t in range(input.shape[0]):
+        step = trace.gather(input, "index", t)
+        if not outputs:  # beside a state of zeros
+            joint = trace.gather(step, "pad", (0, rnn.hidden_size), "constant")
+        else:
+            joint = trace.join([step, outputs[-1]], 0)
+        outputs.append(trace.state(implicit_layer(trace, rnn.cell, joint), f"{trace.path}[{t}]"))
+    rows = [trace.reshape(h, (1, *h.shape)) for h in outputs]
+    return trace.join(rows, 0), (outputs[-1],)
+
+
 def _refuse(reason: str, *targets: Any) -> None:
     def convert(trace: Trace, *_: Any, **__: Any) -> Value:
         raise Refused(reason)

@@ -142,6 +142,13 @@ class Tracer(fx.Tracer):
         """
         raise Untraceable(reason, self.scope.module_path)
 
+    def create_node(self, kind: str, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = super().create_node(kind, target, *args, **kwargs)
+        if kind == "get_attr":  # made by fx itself for a tensor that the code holds, too
+            with unpatched(self):
+                node.meta[_VALUE] = attribute(self.root, target)
+        return node
+
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any,
                      **options: Any) -> fx.Proxy:  # fmt: skip
         proxy = super().create_proxy(kind, target, args, kwargs, *more, **options)
@@ -150,7 +157,7 @@ class Tracer(fx.Tracer):
         node.meta[_PATH] = self.last
         if kind == "placeholder":
             self._placeholder(node)
-        elif kind != "output":
+        elif kind not in ("output", "get_attr"):
             node.meta[_VALUE] = self._evaluate(node)
             if any(n in self._input for n in node.all_input_nodes):
                 self._input.add(node)
