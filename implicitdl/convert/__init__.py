@@ -82,6 +82,8 @@ def to_implicit(module: nn.Module, example_input: Tensor) -> ImplicitModel:
             "embedding).", "",
         )  # fmt: skip
     _refuse_training(module)
+    with torch.no_grad():
+        expected = module(example_input.clone())  # a network that fails fails with its own error
     root, prefix = (nn.Sequential(module), "0") if _leaf(module) else (module, None)
     trace = Trace(example_input)
     try:
@@ -90,7 +92,7 @@ def to_implicit(module: nn.Module, example_input: Tensor) -> ImplicitModel:
         raise _failure(module, str(error), _path(error.module_path, prefix)) from error
     output = _interpreted(module, root, graph, trace, prefix)
     model = ImplicitModel(structure=trace.structure(output))
-    _check(module, model, example_input)
+    _check(module, model, example_input, expected)
     return model
 
 
@@ -282,14 +284,13 @@ def _failure(module: nn.Module, reason: str, where: str) -> ConversionError:
     )
 
 
-def _check(module: nn.Module, model: ImplicitModel, example: Tensor) -> None:
+def _check(module: nn.Module, model: ImplicitModel, example: Tensor, expected: Any) -> None:
     """The model must reproduce the network: no difference passes in silence.
 
     Raises:
         ConversionError: it does not.
     """
     with torch.no_grad():
-        expected = module(example.clone())
         while isinstance(expected, tuple | list | dict):
             expected = next(iter(expected.values() if isinstance(expected, dict) else expected))
         got = model(example)

@@ -93,8 +93,7 @@ class Trace:
             return self.apply(Scale(factor, x.shape), x)
         if factor == 1.0:
             return x
-        one = torch.ones((), dtype=self.dtype, device=self.device)
-        return self.apply(Scale(one, x.shape, float(factor)), x)
+        return self.apply(Scale(None, x.shape, float(factor)), x)
 
     def shift(self, x: Value, bias: Weight) -> Value:
         """x + b with a tensor that broadcasts against a sample."""
@@ -103,6 +102,10 @@ class Trace:
         row = x.row.flat()
         row = replace(row, constants=(*row.constants, Constant(bias)))
         return Value(row, x.origin)
+
+    def number(self, value: float) -> Tensor:
+        """A number as a tensor that does not change the dtype of what it meets, nor is rounded."""
+        return torch.full((), value, dtype=torch.float64, device=self.device)
 
     def add(self, *values: Value) -> Value:
         """The sum of values of one shape."""

@@ -174,7 +174,7 @@ def _add(trace: Trace, x: Any, y: Any, *, alpha: float = 1) -> Any:
         shape = tuple(torch.broadcast_shapes(x.shape, y.shape))
         return trace.add(_expanded(trace, x, shape), _expanded(trace, y, shape))
     if _number(y):
-        return trace.shift(x, torch.full((), y, dtype=trace.dtype, device=trace.device))
+        return trace.shift(x, trace.number(y))
     y, shape = _constant(trace, y, x.shape)
     return trace.shift(_expanded(trace, x, shape), y)
 

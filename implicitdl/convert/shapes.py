@@ -104,6 +104,13 @@ def _transpose(trace: Trace, input: Value, dim0: int, dim1: int) -> Value:
     return _moved(trace, input, order)
 
 
+@register(getattr)
+def _attribute(trace: Trace, input: Value, name: str) -> Value:
+    if name == "mT":
+        return _transpose(trace, input, -2, -1)
+    raise Refused(f"the attribute .{name} of a tensor")
+
+
 @register(torch.movedim, "movedim")
 def _movedim(trace: Trace, input: Value, source: int, destination: int) -> Value:
     a, b = _dim(input, source), _dim(input, destination)

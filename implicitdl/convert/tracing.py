@@ -227,7 +227,9 @@ def record(module: nn.Module, example: Tensor, leaf: Callable[[nn.Module], bool]
     before = set(vars(module))
     try:
         graph = tracer.trace(module)
-    except (fx.proxy.TraceError, TypeError, NotImplementedError, RuntimeError) as error:
+    except Untraceable:
+        raise
+    except Exception as error:  # of the network's own code, which did not expect a proxy
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Untraceable(reason, tracer.last) from error
     finally:

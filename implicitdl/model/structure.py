@@ -350,8 +350,8 @@ class Structure:
 
     @functools.cached_property
     def probe(self) -> Weight | None:
-        """One of its tensors, not yet read; None where it has none."""
-        return next(iter(weights(self)), None)
+        """One of its tensors, not yet read, that is no mere number; None where it has none."""
+        return next((w for w in weights(self) if read(w).dim()), None)
 
     @property
     def example(self) -> Tensor | None:

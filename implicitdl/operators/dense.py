@@ -109,12 +109,12 @@ class Scale(Operator):
     """x -> s * x, a diagonal.
 
     Args:
-        weight: s, broadcast against a sample.
+        weight: s, broadcast against a sample; None for ones.
         shape: of a sample.
         factor: a number that s is multiplied by.
     """
 
-    weight: Weight
+    weight: Weight | None
     shape: tuple[int, ...]
     factor: float = 1.0
 
@@ -134,8 +134,10 @@ class Scale(Operator):
     def cost(self) -> int:
         return math.prod(self.shape)
 
-    def values(self) -> Tensor:
+    def values(self) -> "Tensor | float":
         """s times the factor, as it broadcasts."""
+        if self.weight is None:
+            return self.factor
         s = read(self.weight)
         return s if self.factor == 1.0 else s * self.factor
 
@@ -143,6 +145,8 @@ class Scale(Operator):
         s = self.values()
         if bias is None:
             return x * s
+        if not isinstance(s, Tensor):
+            return bias + x * s
         channels = self.shape[0]
         if x.dim() > 2 and s.dim() == len(self.shape) and s.numel() == channels == s.shape[0]:
             # One pass, forward and backward: the normalisation by mean 0 and variance 1.
@@ -156,7 +160,8 @@ class Scale(Operator):
         return g * self.values()
 
     def abs(self) -> "Scale":
-        return replace(self, weight=read(self.weight).abs(), factor=abs(self.factor))
+        size = None if self.weight is None else read(self.weight).abs()
+        return replace(self, weight=size, factor=abs(self.factor))
 
 
 @dataclass(frozen=True, eq=False, repr=False)
