@@ -64,6 +64,7 @@ def to_implicit(module: nn.Module, example_input: Tensor) -> ImplicitModel:
     Reference:
         El Ghaoui, Gu, Travacca, Askari, Tsai (2021), section 3.
     """
+    module = getattr(module, "_orig_mod", module)  # of torch.compile
     if not isinstance(module, nn.Module):
         raise TypeError(f"module: got {type(module).__name__}, expected a torch.nn.Module.")
     if not isinstance(example_input, Tensor):

@@ -255,8 +255,7 @@ def _getitem(trace: Trace, input: Any, index: Any) -> Any:
     if (
         not parts
         or not isinstance(parts[0], slice)
-        or parts[0]
-        not in (slice(None), slice(0, None), slice(None, trace.batch), slice(0, trace.batch))
+        or parts[0] not in (slice(None), slice(0, None))
     ):
         raise Refused("indexing of the batch dimension, across samples")
     arguments = [(p.start, p.stop, p.step) if isinstance(p, slice) else p for p in parts[1:]]
