@@ -54,7 +54,7 @@ def _parser() -> tuple[_Parser, _Parser]:
         description=(
             "Trains an implicit classifier of handwritten digits beside an explicit network of "
             "the same number of parameters; prints accuracies, the well-posedness certificate "
-            "and what the solver did; writes pictures."
+            "and what the solver did; converts the explicit network; writes pictures."
         ),
         allow_abbrev=False,
     )

@@ -1,5 +1,6 @@
 """The command line: a report that is right, and one line where it cannot be had."""
 
+import copy
 import gzip
 import os
 import re
@@ -10,13 +11,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 import implicitdl
-from implicitdl import __version__, _demo
+from implicitdl import __version__, _data, _demo
 from implicitdl.__main__ import main
+from implicitdl._demo import conversion
 from implicitdl._demo.report import Context, Section, table
+from implicitdl._train import standardized
 
-PICTURES = ("training.png", "convergence.png", "matrix.png")
+PICTURES = ("training.png", "convergence.png", "matrix.png", "blocks.png")
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:
@@ -79,6 +83,13 @@ def test_quick_demo_end_to_end(tmp_path: Path) -> None:
     )
     assert 0 < residual < 1e-4
     assert bound == pytest.approx(residual / (1 - factor), rel=0.1)
+    width = number(r"explicit, 64-(\d+)-", text)
+    assert f"{2 * width:.0f}, its hidden neurons, in 2 blocks" in text
+    assert "well-posed, by the condition strictly block-triangular" in text
+    largest = number(r"float64 .* of outputs up to (\S+)", text)
+    assert 1 < largest < 1000
+    assert number(r"float32 +largest difference (\S+)", text) <= 1e-5 * largest
+    assert number(r"float64 +largest difference (\S+)", text) <= 1e-13 * largest
     for name in PICTURES:
         width, height = picture_size(tmp_path / "implicitdl-demo" / name)
         assert width > 600 and height > 400
@@ -202,6 +213,52 @@ def test_chapters_are_written_one_after_the_other(tmp_path: Path) -> None:
     assert got == [first, second]
     assert written[0] == "One\n---\n  label  x\n         y\n"
     assert "pictures  a.png" in written[1]
+
+
+def test_a_chapter_is_given_the_models_of_those_before(tmp_path: Path) -> None:
+    context = Context(data=None, out=tmp_path)  # type: ignore[arg-type]
+    one, two = torch.nn.Linear(1, 1), torch.nn.Linear(2, 2)
+    seen: list[dict[str, torch.nn.Module]] = []
+
+    def training(name: str, model: torch.nn.Module):
+        def chapter(context: Context) -> Section:
+            seen.append(dict(context.models))
+            return Section(title=name, models={name: model})
+
+        return chapter
+
+    chapters = [training("one", one), training("two", two), training("three", one)]
+    _demo.run(context, chapters=chapters, write=lambda text: None)
+    assert seen == [{}, {"one": one}, {"one": one, "two": two}]
+    assert context.models == {}
+    with pytest.raises(ValueError, match=r"got \[\], expected 'explicit'"):
+        _demo.run(context, chapters=[conversion.chapter])
+
+
+@pytest.mark.usefixtures("float32")
+def test_the_chapter_on_conversion_measures_and_does_not_train(tmp_path: Path, monkeypatch) -> None:
+    """What it prints is the difference that there is, and the network stays as it was given."""
+    data = _data.digits(0)
+    network = torch.nn.Sequential(torch.nn.Linear(64, 5), torch.nn.ReLU(), torch.nn.Linear(5, 10))
+    before = copy.deepcopy(network.state_dict())
+    context = Context(data=data, out=tmp_path, models={"explicit": network})
+    text = str(conversion.chapter(context))
+    assert all(torch.equal(value, before[name]) for name, value in network.state_dict().items())
+    assert all(value.dtype == torch.float32 for value in network.state_dict().values())
+    assert "5, its hidden neurons, in 1 block\n" in text
+    expected = network(standardized(data).test_images).abs().max().item()
+    assert number(r"float32 .* of outputs up to (\S+)", text) == pytest.approx(expected, abs=0.05)
+    picture_size(tmp_path / "blocks.png")
+
+    def wrong(module: torch.nn.Module, example: torch.Tensor) -> implicitdl.ImplicitModel:
+        other = copy.deepcopy(module)
+        other[2].bias.data[3] += 0.25
+        return implicitdl.to_implicit(other, example)
+
+    monkeypatch.setattr(conversion, "to_implicit", wrong)
+    text = str(conversion.chapter(context))
+    for kind in ("float32", "float64"):
+        assert number(rf"{kind} +largest difference (\S+)", text) == 0.25
 
 
 def test_tables_line_up() -> None:

@@ -1,18 +1,20 @@
 """The report that `implicitdl demo` prints.
 
 A chapter is a function `Context -> Section` in a file of its own. To add one, write the file and
-put its function at the end of `CHAPTERS`.
+put its function at the end of `CHAPTERS`. The models in its section reach the chapters after it.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
-from . import classifier
+from . import classifier, conversion
 from .report import Context, Section
 
 Chapter = Callable[[Context], Section]
 
 CHAPTERS: list[Chapter] = [
     classifier.chapter,
+    conversion.chapter,
 ]
 
 
@@ -37,4 +39,5 @@ def run(
         section = chapter(context)
         write(str(section))
         sections.append(section)
+        context = replace(context, models={**context.models, **section.models})
     return sections

@@ -54,7 +54,8 @@ def chapter(context: Context) -> Section:
         }
 
     section = Section(
-        title="Handwritten digits, read from the equilibrium  x = relu(A x + B u + b)"
+        title="Handwritten digits, read from the equilibrium  x = relu(A x + B u + b)",
+        models=models,
     )
     section.add("data", _describe(data))
     epochs = f"{recipe.epochs} epoch" + "s" * (recipe.epochs > 1)

@@ -1,9 +1,11 @@
 """What a chapter is given, and what it gives back."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
+
+from torch import nn
 
 from .._data import Dataset
 
@@ -19,6 +21,7 @@ class Context:
         epochs: of training; None leaves it to the chapter.
         states: n of the implicit model; None leaves it to the chapter.
         quick: a few seconds instead of a good result.
+        models: what the chapters before have trained, by name.
     """
 
     data: Dataset
@@ -27,6 +30,7 @@ class Context:
     epochs: int | None = None
     states: int | None = None
     quick: bool = False
+    models: Mapping[str, nn.Module] = field(default_factory=dict)
 
     def progress(self, total: int, label: str) -> Any:
         """A tqdm bar on stderr; it draws nothing where stderr is not a terminal."""
@@ -37,11 +41,15 @@ class Context:
 
 @dataclass(kw_only=True)
 class Section:
-    """A chapter's part of the report: a title, then labelled lines, then the pictures it drew."""
+    """A chapter's part of the report: a title, then labelled lines, then the pictures it drew.
+
+    Beside it stand the models that the chapter trained, for the chapters that follow.
+    """
 
     title: str
     rows: list[tuple[str, list[str]]] = field(default_factory=list)
     pictures: list[Path] = field(default_factory=list)
+    models: dict[str, nn.Module] = field(default_factory=dict)
 
     def add(self, label: str, *lines: str) -> None:
         """Append lines; the label stands before the first of them."""

@@ -228,14 +228,14 @@ def feedback(f: Structure, K: Tensor) -> Structure:
     flat = reshaped(output.shape, (size,))
     back = reshaped((f.inputs,), f.input_shape)
     if not f.D.entries:
-        blocks: tuple[Block, ...] = (_link("y", output),)
+        blocks: tuple[Block, ...] = (_link("fed back", output),)
         y = count
     else:  # y = M (C x + D v + d)
         closing(f.D.dense(dtype=K.dtype, device=K.device), K)  # raises where it is singular
         D = f.D
         M = Live(lambda: closing(D.dense(dtype=K.dtype, device=K.device), K))
         whole = product(*reshaped((size,), output.shape), Dense(M), _through(flat, output.shape))
-        blocks = (_link("C x + D v + d", output), _link("y", Row(output.shape, ((count, whole),))))
+        blocks = (_link("C x + D v + d", output), _link("fed back", Row(output.shape, ((count, whole),))))
         y = count + 1
     loop = product(*back, Dense(K), _through(flat, output.shape))
 

@@ -1,0 +1,14 @@
+"""Pictures of training, of solves and of models.
+
+Every function draws on the Axes that it is given, or on a new Figure of its own, and returns the
+Figure. Nothing here touches pyplot, so no window opens and no global state is left behind.
+matplotlib is imported inside the functions: it is an optional dependency.
+"""
+
+from ._figures import save
+from .heatmap import matrix
+from .history import training
+from .steps import convergence
+from .structure import blocks
+
+__all__ = ["blocks", "convergence", "matrix", "save", "training"]
