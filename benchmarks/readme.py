@@ -57,7 +57,14 @@ def mnist() -> str:
     return f"{machine('mnist')}\n\n{tables('mnist')[1]}"
 
 
-SECTIONS = {"citizenship": citizenship, "benchmark": benchmark, "mnist": mnist}
+def convert() -> str:
+    """The ratios of times."""
+    return f"{tables('convert')[0]}\n{machine('convert')}"
+
+
+SECTIONS = {
+    "convert": convert, "citizenship": citizenship, "benchmark": benchmark, "mnist": mnist
+}  # fmt: skip
 
 
 def filled(text: str) -> str:
