@@ -17,9 +17,10 @@ from ..model import ImplicitModel
 from ..operators import Live, read
 from ..solution import ConversionError
 from . import derived, functions, modules, shapes  # which register what they convert  # noqa: F401
-from .builder import Refused, Trace, Value, live, same
+from .builder import Refused, Trace, Value, live
+from .checking import check
 from .registry import FUNCTIONS, METHODS, of_module, register
-from .tracing import Untraceable, attribute, called, in_place, path, record, value
+from .tracing import Untraceable, called, path, record, untouched, value, writes
 
 __all__ = ["ConversionError", "Trace", "Value", "live", "register", "to_implicit"]
 
@@ -82,18 +83,19 @@ def to_implicit(module: nn.Module, example_input: Tensor) -> ImplicitModel:
             "an implicit model is a continuous map of its input (convert what follows the "
             "embedding).", "",
         )  # fmt: skip
-    _refuse_training(module)
-    with torch.no_grad():
-        expected = module(example_input.clone())  # a network that fails fails with its own error
-    root, prefix = (nn.Sequential(module), "0") if _leaf(module) else (module, None)
-    trace = Trace(example_input)
+    _refuse_modes(module)
+    with torch.no_grad(), untouched(module):
+        module(example_input.clone())  # a network that fails fails with its own error
+    root = nn.Sequential(module)  # so that the network may itself have a converter
+    trace = Trace(example_input, module)
     try:
-        graph = record(root, example_input, _leaf)
+        graph = record(root, example_input, _leaf, METHODS.__contains__)
     except Untraceable as error:
-        raise _failure(module, str(error), _path(error.module_path, prefix)) from error
-    output = _interpreted(module, root, graph, trace, prefix)
+        raise _failure(module, str(error), _path(error.module_path)) from error
+    output = _interpreted(module, root, graph, trace)
     model = ImplicitModel(structure=trace.structure(output))
-    _check(module, model, example_input, expected)
+    with untouched(module):
+        check(module, model, example_input)
     return model
 
 
@@ -101,28 +103,41 @@ def _leaf(module: nn.Module) -> bool:
     return of_module(module) is not None
 
 
-def _path(found: str, prefix: str | None) -> str:
-    """The path in the user's module, which may have been wrapped."""
-    return found.removeprefix(prefix).lstrip(".") if prefix is not None else found
+def _path(found: str) -> str:
+    """The path in the user's module, which was wrapped."""
+    return found.removeprefix("0").lstrip(".")
 
 
-def _refuse_training(module: nn.Module) -> None:
+def _refuse_modes(module: nn.Module) -> None:
+    """What makes a network random, couples its samples, or changes its gradients."""
     for name, part in module.named_modules():
+        share = getattr(part, "dropout", 0)
+        random = isinstance(part, _RANDOM) or (isinstance(share, float) and share > 0)
         idle = isinstance(part, nn.modules.dropout._DropoutNd) and part.p == 0
-        if part.training and isinstance(part, _RANDOM) and not idle:
+        if part.training and random and not idle:
             raise ConversionError(
                 f"{_named(module, name)} is in training mode, where the output is random or depends "
                 "on the whole batch; call eval() on the network first.", name,
             )  # fmt: skip
+        if part._backward_hooks or part._backward_pre_hooks:
+            raise ConversionError(
+                f"{_named(module, name)} has a backward hook, which changes gradients: those of the "
+                "model would be others. Remove the hook first.", name,
+            )  # fmt: skip
+        if of_module(part) is not None and (part._forward_hooks or part._forward_pre_hooks):
+            raise ConversionError(
+                f"{_named(module, name)} has a forward hook, which its converter does not know. "
+                "Remove the hook first.", name,
+            )  # fmt: skip
 
 
-def _interpreted(
-    module: nn.Module, root: nn.Module, graph: fx.Graph, trace: Trace, prefix: str | None
-) -> Value:
+def _interpreted(module: nn.Module, root: nn.Module, graph: fx.Graph, trace: Trace) -> Value:
     """The nodes of the graph, one after the other, as equations."""
     env: dict[fx.Node, Any] = {}
+    order = {node: i for i, node in enumerate(graph.nodes)}
     for node in graph.nodes:
-        trace.path, trace.function = _place(module, node, prefix)
+        trace.path, trace.function = _place(module, node)
+        trace.known = value(node) if node.op != "output" else None
         if node.op == "placeholder":
             env[node] = trace.input if not env else value(node)
             continue
@@ -131,22 +146,26 @@ def _interpreted(
             return _output(module, args[0])
         if node.op == "get_attr":
             env[node] = _tensor(root, node)
-        elif not _any_value((args, kwargs)):
-            env[node] = _constant(root, node, args, kwargs)
         else:
             try:
-                env[node] = _converted(root, node, args, kwargs, trace, graph)
-            except (Refused, ValueError) as error:
-                where = _path(path(node), prefix)
+                _refuse_aliases(node, order, env)
+                if _any_value((args, kwargs)):
+                    env[node] = _converted(root, node, args, kwargs, trace)
+                else:
+                    env[node] = _constant(root, node, args, kwargs)
+            except Exception as error:
+                where = _path(path(node))
                 what = "" if node.op == "call_module" else f"{_function(node)}(): "
-                raise _failure(module, f"{what}{error}", where) from error
-            _overwritten(node, env)
+                known = isinstance(error, Refused | ValueError)
+                kind = "" if known else f"its converter raised {type(error).__name__}: "
+                function = None if node.op == "call_module" else _function(node)
+                raise _failure(module, f"{what}{kind}{error}", where, function) from error
+            for written in writes(node):
+                env[written] = env[node]
     raise AssertionError("a graph ends with its output")
 
 
-def _converted(
-    root: nn.Module, node: fx.Node, args: Any, kwargs: Any, trace: Trace, graph: fx.Graph
-) -> Any:
+def _converted(root: nn.Module, node: fx.Node, args: Any, kwargs: Any, trace: Trace) -> Any:
     """What the converter of the node makes of it; as states, where several nodes read it."""
     if node.op == "call_module":
         part = root.get_submodule(str(node.target))
@@ -178,10 +197,28 @@ def _same_shape(node: fx.Node, result: Value, trace: Trace) -> None:
         raise Refused(f"it changes the dtype to {known.dtype}")
 
 
-def _overwritten(node: fx.Node, env: dict[fx.Node, Any]) -> None:
-    """An operation in place changes what its first argument is from here on."""
-    if in_place(node) and isinstance(node.args[0], fx.Node):
-        env[node.args[0]] = env[node]
+def _refuse_aliases(node: fx.Node, order: dict[fx.Node, int], env: dict[fx.Node, Any]) -> None:
+    """A write in place is followed where nothing else that is read later shares the memory.
+
+    Raises:
+        Refused: something does; or a tensor of the network itself is written into, and read.
+    """
+    for written in writes(node):
+        if not isinstance(env[written], Value):
+            if node.users:
+                raise Refused("it writes into a tensor that does not depend on the input")
+            continue
+        memory = value(written).untyped_storage().data_ptr()
+        for other in env:
+            known = value(other)
+            if other in (written, node) or not isinstance(known, Tensor):
+                continue
+            later = any(order[user] > order[node] for user in other.users)
+            if later and known.untyped_storage().data_ptr() == memory:
+                raise Refused(
+                    f"it writes in place into memory that {other.name} reads under another name; "
+                    "write it without in-place operations"
+                )
 
 
 def _filled(part: Any, env: dict[fx.Node, Any]) -> Any:
@@ -209,9 +246,10 @@ def _any_value(part: Any) -> bool:
 
 def _tensor(root: nn.Module, node: fx.Node) -> Any:
     """A parameter or buffer, read at each use; a tensor that the code made, as it is."""
-    if node.meta.get("constant") or not isinstance(value(node), Tensor):
-        return value(node)
-    return Live(lambda: called(root, node, (), {}))
+    name = str(node.target)
+    if not isinstance(value(node), Tensor) or not hasattr(root, name.split(".")[0]):
+        return value(node)  # a tensor that the code made
+    return Live(lambda: called(root, node, (), {}), cheap=True)
 
 
 def _constant(root: nn.Module, node: fx.Node, args: Any, kwargs: Any) -> Any:
@@ -237,20 +275,21 @@ def _output(module: nn.Module, result: Any) -> Value:
         (result,) = result.values()
     if isinstance(result, tuple | list) and len(result) == 1:
         (result,) = result
-    if isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple):
-        return result[0]  # a recurrent network alone: its outputs, not its last states
+    recurrent = isinstance(result, tuple) and len(result) == 2 and isinstance(result[1], tuple)
+    if recurrent and of_module(module) is not None:
+        result = result[0]  # of a recurrent network alone, its outputs
     if not isinstance(result, Value):
         kind = type(result).__name__
         raise _failure(module, f"its output is {kind}, expected one tensor", "")
     return result
 
 
-def _place(module: nn.Module, node: fx.Node, prefix: str | None) -> tuple[str, str]:
+def _place(module: nn.Module, node: fx.Node) -> tuple[str, str]:
     """The module's path and, where that is not one of torch's, the function that is called in it."""
-    where = _path(path(node), prefix)
+    where = _path(path(node))
     if node.op in ("call_module", "placeholder", "output"):
         return where, ""
-    owner = type(attribute(module, where)) if where else type(module)
+    owner = type(module.get_submodule(where))
     torchs = owner.__module__.startswith("torch.nn.modules.") and where
     return where, "" if torchs else _function(node).strip("_")
 
@@ -270,35 +309,23 @@ def _named(module: nn.Module, where: str) -> str:
     return f"{where!r} ({kind})" if where else f"the network ({kind})"
 
 
-def _failure(module: nn.Module, reason: str, where: str) -> ConversionError:
+def _failure(
+    module: nn.Module, reason: str, where: str, function: str | None = None
+) -> ConversionError:
+    """The error with its recipe: for a module of torch's that is not affine, or for a function."""
     try:
         kind = type(module.get_submodule(where)).__name__
     except AttributeError:
         kind = type(module).__name__
+    target, head = kind, "trace, module, x"
+    body = "trace.activate(trace.linear(x, module.weight, module.bias), ReLU())"
+    if function is not None and not where:  # in the network's own forward
+        target, head, body = f"torch.{function}", "trace, x", "trace.activate(x, ReLU())"
     return ConversionError(
-        f"{_named(module, where)} cannot be converted: {reason}.\n"
+        f"{_named(module, where)} cannot be converted: {reason.rstrip('.')}.\n"
         "If it is affine, or has its nonlinearity in states of its own, say how:\n"
-        f"    @implicitdl.convert.register({kind})\n"
-        "    def _(trace, module, x):\n"
-        "        return trace.activate(trace.linear(x, module.weight, module.bias), ReLU())",
+        f"    @implicitdl.convert.register({target})\n"
+        f"    def _({head}):\n"
+        f"        return {body}",
         where,
     )
-
-
-def _check(module: nn.Module, model: ImplicitModel, example: Tensor, expected: Any) -> None:
-    """The model must reproduce the network: no difference passes in silence.
-
-    Raises:
-        ConversionError: it does not.
-    """
-    with torch.no_grad():
-        while isinstance(expected, tuple | list | dict):
-            expected = next(iter(expected.values() if isinstance(expected, dict) else expected))
-        got = model(example)
-    if not same(got, expected):
-        gap = float((got - expected).abs().amax()) if got.shape == expected.shape else float("nan")
-        raise ConversionError(
-            f"{_named(module, '')}: the model differs from the network by {gap:.3g} at the example. "
-            "Either the network is random, or it writes into a tensor that it reads again under "
-            "another name; write it without in-place operations.", "",
-        )  # fmt: skip

@@ -4,13 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ..activations import Activation, Identity
 from ..model.structure import INPUT, AnyRow, Block, Constant, Join, Row, Structure
 from ..model.wiring import free
-from ..operators import Dense, Gather, Live, Operator, Scale, Weight, product
+from ..operators import Dense, Gather, Live, Operator, Scale, Weight, product, rebuilt
 from ..operators import Identity as Unchanged
 
 
@@ -53,14 +52,21 @@ class Trace:
         dtype, device: of the example.
     """
 
-    def __init__(self, example: Tensor):
+    def __init__(self, example: Tensor, network: "nn.Module | None" = None):
         self.batch = example.shape[0]
         self.dtype, self.device = example.dtype, example.device
         self.input = Value(_one(INPUT, Unchanged(tuple(example.shape[1:]))))
         self._blocks: list[Block] = []
         self._names: dict[str, int] = {}
+        self._own: dict[int, Live] = {}
+        for part in () if network is None else network.modules():
+            for name in (*part._parameters, *part._buffers):
+                t = getattr(part, name)
+                if isinstance(t, Tensor):
+                    self._own[id(t)] = live(part, name)
         self.path = ""  # of the module whose operation is being converted
         self.function = ""  # its name, where the module is the user's own
+        self.known: Any = None  # what the operation's result is at the example
 
     # ---- what converters call --------------------------------------------------------------------
 
@@ -91,24 +97,24 @@ class Trace:
         """s x with a number, or a tensor that broadcasts against a sample."""
         if isinstance(factor, Tensor | Live):
             return self.apply(Scale(factor, x.shape), x)
+        factor = float(factor)
         if factor == 1.0:
             return x
-        return self.apply(Scale(None, x.shape, float(factor)), x)
+        return self.apply(Scale(None, x.shape, factor), x)
 
-    def shift(self, x: Value, bias: Weight) -> Value:
-        """x + b with a tensor that broadcasts against a sample."""
+    def shift(self, x: Value, bias: "Weight | float") -> Value:
+        """x + b with a number, or a tensor that broadcasts against a sample."""
         if isinstance(x.row, Join):
             x = self.state(x)
         row = x.row.flat()
         row = replace(row, constants=(*row.constants, Constant(bias)))
         return Value(row, x.origin)
 
-    def number(self, value: float) -> Tensor:
-        """A number as a tensor that does not change the dtype of what it meets, nor is rounded."""
-        return torch.full((), value, dtype=torch.float64, device=self.device)
-
     def add(self, *values: Value) -> Value:
         """The sum of values of one shape."""
+        shapes = {x.shape for x in values}
+        if len(shapes) > 1:
+            raise Refused(f"a sum of values of shapes {sorted(shapes)}, expected one shape")
         rows = [(self.state(x) if isinstance(x.row, Join) else x).row.flat() for x in values]
         terms = tuple(term for row in rows for term in row.terms)
         # The costly term first: a bias may be part of its product.
@@ -118,6 +124,9 @@ class Trace:
 
     def join(self, values: list[Value], dim: int) -> Value:
         """Values one after the other along a dimension of a sample."""
+        rest = {(*x.shape[:dim], *x.shape[dim + 1 :]) for x in values}
+        if len(rest) > 1 or len({len(x.shape) for x in values}) > 1:
+            raise Refused(f"values of shapes {[x.shape for x in values]} joined along {dim}")
         if len(values) == 1:
             return values[0]
         return Value(Join(dim, tuple(x.row for x in values)), _last(values))
@@ -169,7 +178,9 @@ class Trace:
             return j if j == INPUT else count - 1 - j
 
         blocks = tuple(replace(b, row=b.row.moved(where)) for b in reversed(self._blocks))
-        return Structure(blocks, output.row.moved(where), self.input.shape)
+        structure = Structure(blocks, output.row.moved(where), self.input.shape)
+        # A converter may pass the module's tensors themselves: they, too, are read at each use.
+        return rebuilt(structure, lambda w: self._own.get(id(w), w))
 
     def _block(self, block: Block, origin: str) -> Value:
         self._blocks.append(block)
@@ -197,21 +208,11 @@ def _one(source: int, op: Operator) -> Row:
 def live(module: nn.Module, name: str, change: Callable[[Tensor], Tensor] | None = None) -> Live:
     """The module's tensor of that name, read at each use, so that it may be trained or replaced."""
     if change is None:
-        return Live(lambda: getattr(module, name))
+        return Live(
+            lambda: getattr(module, name),
+            cheap=name in module._parameters or name in module._buffers,
+        )
     return Live(lambda: change(getattr(module, name)))
-
-
-def same(a: Tensor, b: Tensor) -> bool:
-    """Whether two results agree to what their dtype allows, over many layers."""
-    if a.shape != b.shape:
-        return False
-    size = float(b.abs().amax()) if b.numel() else 0.0
-    allowed = 1e4 * torch.finfo(b.dtype).eps * (1.0 + size)
-    finite = torch.isfinite(b)
-    if not bool((torch.isfinite(a) == finite).all()):
-        return False
-    gap = torch.where(finite, a - b, torch.zeros_like(a)).abs()
-    return not gap.numel() or float(gap.amax()) <= allowed
 
 
 def weight_of(x: Any) -> Weight:

@@ -51,7 +51,7 @@ def _tuple(value: Any, count: int) -> tuple[int, ...]:
 
 
 def _number(x: Any) -> bool:
-    return isinstance(x, int | float) and not isinstance(x, bool)
+    return isinstance(x, int | float)
 
 
 def _constant(trace: Trace, x: Any, shape: tuple[int, ...]) -> tuple[Weight, tuple[int, ...]]:
@@ -60,7 +60,8 @@ def _constant(trace: Trace, x: Any, shape: tuple[int, ...]) -> tuple[Weight, tup
     if len(own) > len(shape) + 1:
         raise Refused(f"a constant of shape {own} against a tensor of {len(shape) + 1} dimensions")
     if len(own) == len(shape) + 1:
-        if own[0] != 1:
+        t = read(x)
+        if own[0] not in (1, trace.batch) or bool((t != t[:1]).any()):
             raise Refused(f"a constant of shape {own} with a number for each sample")
         drop = x
         x = Live(lambda: read(drop)[0]) if isinstance(x, Live) else x[0]
@@ -81,13 +82,50 @@ def _linear(trace: Trace, input: Value, weight: Any, bias: Any = None) -> Value:
 
 
 @register(torch.matmul, operator.matmul, torch.mm, "matmul", "mm", "__matmul__")
-def _matmul(trace: Trace, x: Any, y: Any) -> Value:
-    if not isinstance(x, Value) or isinstance(y, Value):
-        weight_of(x), weight_of(y)
-        raise Refused("the input stands on the right of a matrix product, across samples")
+def _matmul(trace: Trace, input: Any, other: Any) -> Value:
+    x, y = input, other
+    if not isinstance(x, Value):
+        return _from_the_left(trace, x, y)
+    weight_of(y)
     if read(y).dim() != 2 or not x.shape:
         raise Refused(f"a product with a constant of shape {tuple(read(y).shape)}")
     return trace.linear(x, Live(lambda: read(y).mT) if isinstance(y, Live) else y.mT)
+
+
+def _from_the_left(trace: Trace, W: Weight, x: Value) -> Value:
+    """W x along the last dimension but one."""
+    rank = len(x.shape)
+    if read(W).dim() != 2 or rank < 2:
+        raise Refused("the input stands on the right of a matrix product, across samples")
+    order = [*range(rank - 2), rank - 1, rank - 2]
+    turned = trace.gather(x, "permute", *order)
+    return trace.gather(trace.linear(turned, W), "permute", *order)
+
+
+@register(torch.addmm)
+def _addmm(trace: Trace, input: Any, mat1: Value, mat2: Any, *, beta: float = 1,
+           alpha: float = 1) -> Value:  # fmt: skip
+    y = trace.scale(_matmul(trace, mat1, mat2), alpha)
+    return _add(trace, y, input, alpha=beta)
+
+
+def _cell(phi: activations.Activation, *targets: Any) -> None:
+    """h' = phi(W_ih x + b_ih + W_hh h + b_hh), torch's recurrent cell."""
+
+    def convert(trace: Trace, input: Value, hx: Any, w_ih: Any, w_hh: Any, b_ih: Any = None,
+                b_hh: Any = None) -> Value:  # fmt: skip
+        z = trace.linear(input, w_ih, b_ih)
+        if isinstance(hx, Value):
+            z = trace.add(z, trace.linear(hx, w_hh))
+        else:
+            z = _add(trace, z, Live(lambda: F.linear(read(hx), read(w_hh))))
+        return trace.activate(z if b_hh is None else trace.shift(z, b_hh), phi)
+
+    register(*targets)(convert)
+
+
+_cell(activations.Tanh(), torch.rnn_tanh_cell)
+_cell(activations.ReLU(), torch.rnn_relu_cell)
 
 
 def _convolve(
@@ -162,7 +200,8 @@ def _batch_norm(
 
 
 @register(torch.add, operator.add, operator.iadd, "add", "add_", "__add__", "__radd__", "__iadd__")
-def _add(trace: Trace, x: Any, y: Any, *, alpha: float = 1) -> Any:
+def _add(trace: Trace, input: Any, other: Any, *, alpha: float = 1) -> Any:
+    x, y = input, other
     if isinstance(y, Value):
         y = trace.scale(y, alpha)
         if not isinstance(x, Value):
@@ -174,14 +213,14 @@ def _add(trace: Trace, x: Any, y: Any, *, alpha: float = 1) -> Any:
         shape = tuple(torch.broadcast_shapes(x.shape, y.shape))
         return trace.add(_expanded(trace, x, shape), _expanded(trace, y, shape))
     if _number(y):
-        return trace.shift(x, trace.number(y))
+        return trace.shift(x, float(y))
     y, shape = _constant(trace, y, x.shape)
     return trace.shift(_expanded(trace, x, shape), y)
 
 
 @register(torch.sub, operator.sub, operator.isub, torch.subtract, "sub", "sub_", "__sub__")
-def _sub(trace: Trace, x: Any, y: Any, *, alpha: float = 1) -> Any:
-    return _add(trace, x, y, alpha=-alpha)
+def _sub(trace: Trace, input: Any, other: Any, *, alpha: float = 1) -> Any:
+    return _add(trace, input, other, alpha=-alpha)
 
 
 @register(torch.rsub, "__rsub__", "rsub")
@@ -196,7 +235,8 @@ def _neg(trace: Trace, x: Value) -> Value:
 
 @register(torch.mul, operator.mul, operator.imul, torch.multiply, "mul", "mul_", "__mul__",
           "__rmul__")  # fmt: skip
-def _mul(trace: Trace, x: Any, y: Any) -> Value:
+def _mul(trace: Trace, input: Any, other: Any) -> Value:
+    x, y = input, other
     if not isinstance(x, Value):
         x, y = y, x
     if _number(y):
@@ -207,7 +247,8 @@ def _mul(trace: Trace, x: Any, y: Any) -> Value:
 
 @register(torch.div, operator.truediv, operator.itruediv, torch.true_divide, "div", "div_",
           "__truediv__")  # fmt: skip
-def _div(trace: Trace, x: Any, y: Any, *, rounding_mode: Any = None) -> Value:
+def _div(trace: Trace, input: Any, other: Any, *, rounding_mode: Any = None) -> Value:
+    x, y = input, other
     if not isinstance(x, Value):
         raise Refused("a division by a state is not affine")
     if rounding_mode is not None:
@@ -412,4 +453,13 @@ def _same(trace: Trace, input: Value, *_: Any, **__: Any) -> Value:
 
 @register("to", "type", "float", "double", "type_as")
 def _cast(trace: Trace, input: Value, *args: Any, **kwargs: Any) -> Value:
+    if (trace.known.dtype, trace.known.device) == (trace.dtype, trace.device):
+        return input
     raise Refused("it changes the dtype or device between layers")
+
+
+@register("new_zeros", "new_ones", "new_full", "new_empty", torch.zeros_like, torch.ones_like,
+          torch.full_like)  # fmt: skip
+def _filled(trace: Trace, input: Any, *args: Any, **kwargs: Any) -> Any:
+    """A constant, which has the shape of the input and none of its values."""
+    return trace.known

@@ -20,7 +20,8 @@ def register(*targets: Any) -> Callable[[Converter], Converter]:
     `Value`s, and so is what a converter returns. A later registration replaces an earlier one.
 
     Args:
-        targets: classes of `nn.Module` (their subclasses are meant, too), functions, names.
+        targets: classes of `nn.Module` (subclasses that keep their `forward` are meant, too),
+            functions, names.
 
     Raises:
         TypeError: a target is none of these.
@@ -39,7 +40,7 @@ def register(*targets: Any) -> Callable[[Converter], Converter]:
         4
     """
     for target in targets:
-        if not (isinstance(target, str) or callable(target)):
+        if isinstance(target, nn.Module) or not (isinstance(target, str) or callable(target)):
             raise TypeError(
                 f"register: got {target!r}, expected a module class, a function of torch, or the "
                 "name of a tensor's method."
@@ -59,8 +60,9 @@ def register(*targets: Any) -> Callable[[Converter], Converter]:
 
 
 def of_module(module: nn.Module) -> Converter | None:
-    """The converter of its class, or of the nearest class that it derives from."""
+    """The converter of its class, or of one that it derives from and has its `forward` from."""
     for cls in type(module).__mro__:
         if cls in MODULES:
-            return MODULES[cls]
+            own = "forward" not in vars(module) and type(module).forward is cls.forward
+            return MODULES[cls] if own else None
     return None

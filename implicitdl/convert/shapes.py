@@ -8,8 +8,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
+from ..model.structure import Constant, Row
+from ..operators import read
 from .builder import Refused, Trace, Value
-from .functions import _dim
+from .functions import _constant, _dim
 from .registry import register
 
 
@@ -157,16 +159,25 @@ def _pad(trace: Trace, input: Value, pad: Any, mode: str = "constant", value: An
     pad = tuple(pad)
     if len(pad) > 2 * len(input.shape):
         raise Refused("padding of the batch dimension")
-    out = trace.gather(input, "pad", pad, mode)
-    if mode == "constant" and value:
-        inside = torch.ones(input.shape, dtype=trace.dtype, device=trace.device)
-        out = trace.shift(out, value * (1 - F.pad(inside, pad)))
-    return out
+    if mode != "constant" or not value:
+        return trace.gather(input, "pad", pad, mode)
+    if not math.isfinite(value):
+        raise Refused(f"padding with {value}; max-pooling has a padding of its own")
+    # pad(x - value) + value: the border is value, the rest x.
+    return trace.shift(trace.gather(trace.shift(input, -value), "pad", pad, mode), value)
 
 
 @register(F.pixel_shuffle, torch.pixel_shuffle)
 def _shuffle(trace: Trace, input: Value, upscale_factor: int) -> Value:
     return trace.gather(input, "pixel_shuffle", upscale_factor)
+
+
+@register(F.channel_shuffle, torch.channel_shuffle)
+def _channels(trace: Trace, input: Value, groups: int) -> Value:
+    c, *size = input.shape
+    apart = trace.reshape(input, (groups, c // groups, *size))
+    mixed = trace.gather(apart, "permute", 1, 0, *range(2, len(size) + 2))
+    return trace.reshape(mixed, input.shape)
 
 
 @register(F.pixel_unshuffle, torch.pixel_unshuffle)
@@ -187,7 +198,8 @@ def _values(trace: Trace, tensors: Any) -> list[Value]:
     out = []
     for t in tensors:
         if not isinstance(t, Value):
-            raise Refused("a constant is joined to states; add it to a padded tensor instead")
+            t, _ = _constant(trace, t, tuple(read(t).shape[1:]))
+            t = Value(Row(tuple(read(t).shape), (), (Constant(t),)))
         if len(t.shape) != len(first.shape):
             raise Refused(f"tensors of {len(t.shape) + 1} and {len(first.shape) + 1} dimensions")
         out.append(t)
@@ -207,7 +219,9 @@ def _slice(trace: Trace, x: Value, at: int, start: int, stop: int) -> Value:
 
 @register(torch.narrow, "narrow")
 def _narrow(trace: Trace, input: Value, dim: int, start: int, length: int) -> Value:
-    return _slice(trace, input, _dim(input, dim), start, start + length)
+    at = _dim(input, dim)
+    start = start % input.shape[at] if start < 0 else start
+    return _slice(trace, input, at, start, start + length)
 
 
 @register(torch.select, "select")

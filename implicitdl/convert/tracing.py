@@ -16,11 +16,21 @@ from torch import Tensor, fx, nn
 
 _VALUE = "implicitdl_value"
 _PATH = "implicitdl_path"
+_WRITES = "implicitdl_writes"
 
 
 def value(node: fx.Node) -> Any:
     """What the node is at the example."""
     return node.meta[_VALUE]
+
+
+def writes(node: fx.Node) -> list[fx.Node]:
+    """The nodes whose tensors it writes into."""
+    return node.meta.get(_WRITES, [])
+
+
+def _version(known: Any) -> int:
+    return known._version if isinstance(known, Tensor) and not known.is_inference() else 0
 
 
 def path(node: fx.Node) -> str:
@@ -93,14 +103,32 @@ class _Proxy(fx.Proxy):
             self.tracer.refuse("it iterates over the samples of a batch")
         return iter([operator.getitem(self, i) for i in range(len(known))])  # type: ignore[call-overload]
 
+    def __iadd__(self, other: Any) -> Any:
+        return self._within(operator.iadd, other)
+
+    def __isub__(self, other: Any) -> Any:
+        return self._within(operator.isub, other)
+
+    def __imul__(self, other: Any) -> Any:
+        return self._within(operator.imul, other)
+
+    def __itruediv__(self, other: Any) -> Any:
+        return self._within(operator.itruediv, other)
+
+    def _within(self, function: Callable[..., Any], other: Any) -> Any:
+        """In place, as it is on tensors: without this it would be recorded as out of place."""
+        return self.tracer.create_proxy("call_function", function, (self, other), {})
+
     def __bool__(self) -> bool:
+        where = "its input" if self.tracer.reads_input(self.node) else "a parameter"
         self.tracer.refuse(
-            "it branches on a value of its input; a converted network does the same for all inputs"
+            f"it branches on a value of {where}; a converted network does the same for all"
         )
         return False
 
     def _number(self, *_: Any) -> Any:
-        self.tracer.refuse("it takes a number out of a tensor (.item() and the like)")
+        where = "its input" if self.tracer.reads_input(self.node) else "a parameter"
+        self.tracer.refuse(f"it takes a number out of {where} (.item() and the like)")
 
     __int__ = __float__ = __index__ = item = tolist = numpy = _number
 
@@ -146,7 +174,9 @@ class Tracer(fx.Tracer):
         node = super().create_node(kind, target, *args, **kwargs)
         if kind == "get_attr":  # made by fx itself for a tensor that the code holds, too
             with unpatched(self):
-                node.meta[_VALUE] = attribute(self.root, target)
+                known = attribute(self.root, target)
+            # A copy, since what follows may write into it.
+            node.meta[_VALUE] = known.detach().clone() if isinstance(known, Tensor) else known
         return node
 
     def create_proxy(self, kind: str, target: Any, args: Any, kwargs: Any, *more: Any,
@@ -158,9 +188,14 @@ class Tracer(fx.Tracer):
         if kind == "placeholder":
             self._placeholder(node)
         elif kind not in ("output", "get_attr"):
+            before = {n: _version(value(n)) for n in node.all_input_nodes}
             node.meta[_VALUE] = self._evaluate(node)
+            node.meta[_WRITES] = [n for n, v in before.items() if _version(value(n)) != v]
             if any(n in self._input for n in node.all_input_nodes):
                 self._input.add(node)
+                if not torch.is_grad_enabled():
+                    self.refuse("it works under torch.no_grad(), so that its gradients are not those "
+                                "of the function that it computes")  # fmt: skip
         return proxy
 
     def _placeholder(self, node: fx.Node) -> None:
@@ -217,40 +252,65 @@ def attribute(root: nn.Module, target: str) -> Any:
     return found
 
 
-def record(module: nn.Module, example: Tensor, leaf: Callable[[nn.Module], bool]) -> fx.Graph:
+# Where nn.Module keeps what it holds.
+_TABLES = ("_parameters", "_buffers", "_modules")
+
+
+@contextlib.contextmanager
+def untouched(module: nn.Module) -> Iterator[None]:
+    """What is done to the attributes of a module and its parts, and to its buffers, is undone."""
+    parts = [
+        (m, dict(vars(m)), [dict(getattr(m, name)) for name in _TABLES]) for m in module.modules()
+    ]
+    buffers = [(t, t.detach().clone()) for t in module.buffers()]
+    try:
+        yield
+    finally:
+        for m, own, tables in parts:
+            vars(m).clear()
+            vars(m).update(own)
+            for name, table in zip(_TABLES, tables, strict=True):
+                current = getattr(m, name)
+                current.clear()
+                current.update(table)
+        with torch.no_grad():
+            for t, before in buffers:
+                if not torch.equal(t, before):
+                    t.copy_(before)
+
+
+def record(
+    module: nn.Module,
+    example: Tensor,
+    leaf: Callable[[nn.Module], bool],
+    known: Callable[[str], bool],
+) -> fx.Graph:
     """The functions that the module calls on its input, and what each node is at the example.
+
+    The module is left as it was, whatever it does to its own attributes meanwhile.
+
+    Args:
+        module: the network.
+        example: an input.
+        leaf: whether a module is one node, or is looked into.
+        known: whether a tensor's method has no effect but its result.
 
     Raises:
         Untraceable: what it does depends on the values of its input, or is no use of tensors.
     """
     tracer = Tracer(example, leaf)
-    before = set(vars(module))
     try:
-        graph = tracer.trace(module)
+        with torch.enable_grad(), untouched(module):
+            graph = tracer.trace(module)
     except Untraceable:
         raise
     except Exception as error:  # of the network's own code, which did not expect a proxy
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise Untraceable(reason, tracer.last) from error
-    finally:
-        constants = {n: getattr(module, n) for n in set(vars(module)) - before}
-        for name in constants:  # fx leaves tensors that it has met on the module
-            delattr(module, name)
-    for node in graph.nodes:
-        if node.op == "get_attr" and node.target in constants:
-            node.meta[_VALUE] = constants[node.target]
-            node.meta["constant"] = True
     for node in reversed(list(graph.nodes)):
-        if not node.users and node.op not in ("placeholder", "output") and not in_place(node):
+        idle = node.op in ("get_attr", "call_function", "call_module") or (
+            node.op == "call_method" and known(str(node.target))
+        )
+        if not node.users and idle and not writes(node):
             graph.erase_node(node)
     return graph
-
-
-def in_place(node: fx.Node) -> bool:
-    """Whether the node writes its result into its first argument."""
-    if node.op not in ("call_function", "call_method") or not node.args:
-        return False
-    if node.kwargs.get("inplace") or node.target in (operator.iadd, operator.isub, operator.imul):
-        return True
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return name.endswith("_") and not name.endswith("__")

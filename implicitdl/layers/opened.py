@@ -22,6 +22,11 @@ def opened(
 ) -> tuple[ImplicitModel, Tensor | None, WellPosedSet]:
     """The model as matrices in reverse order of evaluation and inside the set, the mask of the
     trainable entries (None for all), and the set."""
+    if not model.phi.symmetric:
+        raise ValueError(
+            "model: it has max-pooling, whose states have no equation of the form of a layer; open "
+            "what follows it, as a model of its own."
+        )
     structure = model.structure if model.structure is not None else layered(model)
     order = [k for component in structure.components for k in component][::-1]
     structure = arranged(structure, order)
@@ -41,12 +46,14 @@ def opened(
                 f"and {dense.activation} does not allow to scale it into it; take "
                 "'perron-frobenius', which every network without loops is in."
             )
-    zeros = kept.keeps_rank or acyclic
-    if mask is not None and not zeros:
-        raise ValueError(
-            f"well_posed: {kept} changes entries of A that the mask keeps; take 'inf-norm', "
-            "'perron-frobenius' or trainable='all'."
-        )
+    if mask is not None and bool(mask.any()) and not acyclic:
+        frozen = bool((dense.A.detach()[~mask] != 0).any())
+        if frozen or not kept.keeps_rank:  # such a set scales rows, or moves every entry
+            raise ValueError(
+                f"well_posed: {kept} changes entries of A that the mask keeps, once A leaves it; "
+                "take 'inf-norm' or 'perron-frobenius' and let the mask have all entries that are "
+                "not zero."
+            )
     return dense, mask, kept
 
 

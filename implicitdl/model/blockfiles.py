@@ -14,9 +14,8 @@ from torch import Tensor
 from .. import activations
 from ..activations import Activation
 from ..implicit import Equation
-from ..operators import REGISTRY, Operator, Weight, read
+from ..operators import REGISTRY, Operator, Weight, read, weights
 from ..solution import unknown_name
-from .evaluate import run
 from .structure import Block, Constant, Join, Row, Structure
 
 _ROWS: dict[str, type] = {"Row": Row, "Join": Join, "Constant": Constant}
@@ -135,13 +134,36 @@ def _check(f: Structure) -> None:
             source = f.input_shape if j == -1 else f.blocks[j].shape
             if (op.in_shape, op.out_shape) != (source, row.shape):
                 raise ValueError(f"block {k} reads {source} through {op!r}, expected {row.shape}.")
+    dtypes = {read(w).dtype for w in weights(f)}
+    if len(dtypes) > 1 or any(not d.is_floating_point for d in dtypes):
+        raise ValueError(f"got tensors of {sorted(map(str, dtypes))}, expected one floating dtype.")
     for k, block in enumerate(f.blocks):
         phi: Activation = block.phi
+        equation = block.equation
+        if equation is not None and (equation.phi != phi or not _numbers(equation)):
+            raise ValueError(f"block {k}: got facts of a loop that are not those of {phi}.")
         if phi.natural_shape(block.row.shape) != block.shape:
             raise ValueError(f"block {k}: {phi} makes {block.shape} of {block.row.shape}.")
+    # Each row once, at zero: a loop may be ill-posed without being ill-formed.
     like = f.example if f.example is not None else torch.empty(0)
-    if not f.loops:  # a loop may be ill-posed without being ill-formed
-        with torch.no_grad():
-            y = run(f, like.new_zeros(1, *f.input_shape))[0]
-        if tuple(y.shape[1:]) != f.output_shape:
-            raise ValueError(f"its output is {tuple(y.shape[1:])}, expected {f.output_shape}.")
+    values = [like.new_zeros(1, *block.shape) for block in f.blocks]
+    values.append(like.new_zeros(1, *f.input_shape))
+    with torch.no_grad():
+        for block in f.blocks:
+            z = block.row(values)
+            shapes = tuple(z.shape[1:]), tuple(block.phi.natural(z).shape[1:])
+            if shapes != (block.row.shape, block.shape):
+                raise ValueError(f"{block.name}: it has shapes {shapes}, expected "
+                                 f"{(block.row.shape, block.shape)}.")  # fmt: skip
+        y = f.output(values)
+    if tuple(y.shape[1:]) != f.output_shape:
+        raise ValueError(f"its output is {tuple(y.shape[1:])}, expected {f.output_shape}.")
+
+
+def _numbers(equation: Equation) -> bool:
+    """Whether the facts are what they can be."""
+    for name in ("contraction", "monotone"):
+        value = getattr(equation, name)
+        if value is not None and not (isinstance(value, float | int) and 0 <= value < 1e300):
+            return False
+    return isinstance(equation.acyclic, bool)

@@ -18,10 +18,10 @@ from torch import Tensor
 from ..activations import Blocks
 from ..implicit import Adjoint, Equation, Implicit, equilibrium, fixed_point
 from ..maps import AffineMap, inside_transform
-from ..operators import Dense, Space
+from ..operators import Space, read, weights
 from ..solution import Solution
 from ..solvers import Auto, FixedPointSolver
-from .structure import Block, Structure
+from .structure import AnyRow, Block, Structure, grid_of
 
 # A loop is solved with the matrix of its blocks where that costs at most so many times more.
 _DENSE_FACTOR = 2
@@ -80,12 +80,18 @@ def _solve(
 ) -> Solution:
     """The fixed point of one component; its blocks are put among the values."""
     blocks = [structure.blocks[k] for k in component]
-    with torch.autocast(values[-1].device.type, enabled=False):
+    inside = set(component)
+    pairs = [block.row.split(inside) for block in blocks]
+    # What comes from outside is the network's, as autocast would have it; the loop is not.
+    rests = [rest(values) for _, rest in pairs]
+    with torch.autocast(rests[0].device.type, enabled=False):
         x0 = None if start is None else [start[k] for k in component]
         if (own := own_matrix(blocks, component)) is not None:
-            solution, states = _solve_dense(blocks, component, own, values, options, x0)
+            solution, states = _solve_dense(blocks, own, rests, options, x0)
         else:
-            solution, states = _solve_blocks(blocks, component, values, options, x0)
+            solution, states = _solve_blocks(
+                blocks, component, [loop for loop, _ in pairs], rests, len(values), options, x0
+            )
     for k, state in zip(component, states, strict=True):
         values[k] = state
     return solution
@@ -99,8 +105,8 @@ def own_matrix(blocks: list[Block], component: tuple[int, ...]) -> Tensor | None
         row = blocks[0].row.flat()
         inside = [op for j, op in row.terms if j == component[0]]
         # A layer's own: also where it acts on the last of several dimensions.
-        if len(inside) == 1 and isinstance(inside[0], Dense):
-            return Dense(inside[0].weight).dense(limit=1 << 62)
+        if len(inside) == 1 and (M := inside[0].matrix) is not None:
+            return M
     n = sum(block.size for block in blocks)
     cost = sum(op.cost for _, op in _inside(blocks, component))
     if n > _DENSE_STATES or n * n > _DENSE_FACTOR * cost:
@@ -118,20 +124,17 @@ def loop_grid(blocks: list[Block], component: tuple[int, ...]) -> Any:
     rows = tuple(Space(b.name, b.row.shape, b.size) for b in blocks)
     columns = tuple(Space(b.name, b.shape, b.size) for b in blocks)
     equations = [b.row.split(set(component))[0].moved(lambda j: at[j]) for b in blocks]
-    return Structure._grid(rows, columns, equations, False)
+    return grid_of(rows, columns, equations, False)
 
 
 def _solve_dense(
     blocks: list[Block],
-    component: tuple[int, ...],
     A: Tensor,
-    values: list[Tensor | None],
+    rests: list[Tensor],
     options: Options,
     x0: list[Tensor] | None,
 ) -> tuple[Solution, list[Tensor]]:
     """x = phi(A x + v) with one matrix."""
-    inside = set(component)
-    rests = [block.row.split(inside)[1](values) for block in blocks]
     work = torch.promote_types(A.dtype, torch.float32)
     if len(blocks) == 1 and A.shape[0] == blocks[0].shape[-1]:
         v = rests[0].reshape(-1, A.shape[0])
@@ -146,7 +149,9 @@ def _solve_dense(
     if equation is None:
         equation = Equation(phi, contraction=_contraction(A, phi))
     plain = options.solver is None and isinstance(options.adjoint, Implicit) and start is None
-    if inside_transform() and plain:  # which hides the values that a Solution holds
+    if (inside_transform() or torch.compiler.is_compiling()) and plain:  # which hide values
+        if torch.compiler.is_compiling() and not equation.spec:
+            equation = equation.with_spec()
         x, none = equilibrium(A, v, equation), v.new_zeros(0)
         return Solution(x, none, none, none), _apart(x, rests)
     solver = options.solver or equation.solver
@@ -159,7 +164,7 @@ def _solve_dense(
 
 def _contraction(A: Tensor, phi: Any) -> float | None:
     """||A||_inf times the Lipschitz constant, where that is below 1."""
-    if inside_transform():
+    if inside_transform() or torch.compiler.is_compiling():
         return None
     norm = float(A.detach().abs().sum(1).amax())
     kappa = norm * phi.infinity_lipschitz if norm else 0.0
@@ -177,25 +182,26 @@ def _apart(x: Tensor, like: list[Tensor]) -> list[Tensor]:
 def _solve_blocks(
     blocks: list[Block],
     component: tuple[int, ...],
-    values: list[Tensor | None],
+    loops: list[AnyRow],
+    rests: list[Tensor],
+    count: int,
     options: Options,
     x0: list[Tensor] | None,
 ) -> tuple[Solution, list[Tensor]]:
     """The same with operators: the blocks flattened into one vector for the solver."""
-    inside = set(component)
-    pairs = [block.row.split(inside) for block in blocks]
-    rests = [rest(values) for _, rest in pairs]
-    u = values[-1]
     sizes = [math.prod(block.shape) for block in blocks]
+    like = next(iter(weights(tuple(loops))), None)
+    if like is not None:  # under autocast the rests may be of another dtype than the loop
+        rests = [rest.to(read(like).dtype) for rest in rests]
 
     def f(x: Tensor) -> Tensor:
-        own: list[Tensor | None] = [None] * len(values)
-        own[-1] = u
+        own: list[Tensor | None] = [None] * count
+        own[-1] = x  # for the size of the batch alone
         for k, block, part in zip(component, blocks, x.split(sizes, 1), strict=True):
             own[k] = part.reshape(-1, *block.shape)
         images = [
             block.phi.natural(loop(own) + rest).flatten(1)
-            for block, (loop, _), rest in zip(blocks, pairs, rests, strict=True)
+            for block, loop, rest in zip(blocks, loops, rests, strict=True)
         ]
         return images[0] if len(images) == 1 else torch.cat(images, 1)
 

@@ -7,11 +7,8 @@ from torch import Tensor, nn
 
 from .. import activations
 from ..operators import (
-    Convolution,
-    Dense,
     Gather,
     Operator,
-    Pooling,
     Product,
     Weight,
     read,
@@ -87,7 +84,8 @@ def _owned(thing: Any) -> tuple[Any, nn.ParameterList]:
     own = nn.ParameterList()
 
     def copied(weight: Weight) -> Tensor:
-        own.append(nn.Parameter(read(weight).detach().clone()))
+        now = read(weight).detach().clone()
+        own.append(nn.Parameter(now, requires_grad=now.is_floating_point()))
         return own[-1]
 
     return rebuilt(thing, copied), own
@@ -108,19 +106,20 @@ def _bound(thing: Any, own: nn.ParameterList) -> Any:
 def _chain(f: Structure) -> list[nn.Module] | None:
     """The modules of a network in which each block reads only the one before it."""
     before, out = INPUT, []
+    like = torch.empty(0) if f.example is None else f.example
     for (k,) in f.components:
         block = f.blocks[k]
-        modules = _modules(block.row, before)
+        modules = _modules(block.row, before, like)
         phi = activations.as_module(block.phi)
         if modules is None or phi is None:
             return None
         out += modules + ([] if block.phi.linear and block.phi.entrywise else [phi])
         before = k
-    modules = _modules(f.output, before)
+    modules = _modules(f.output, before, like)
     return None if modules is None else out + modules
 
 
-def _modules(row: Any, source: int) -> list[nn.Module] | None:
+def _modules(row: Any, source: int, like: Tensor) -> list[nn.Module] | None:
     """The modules of M x + bias, if that is all of the row."""
     if not isinstance(row, Row) or len(row.terms) != 1 or row.terms[0][0] != source:
         return None
@@ -140,7 +139,7 @@ def _modules(row: Any, source: int) -> list[nn.Module] | None:
     for factor, constants in reversed(list(zip(factors, places, strict=True))):
         bias = None
         for constant in constants:
-            t = constant().detach()
+            t = constant(like).detach()
             bias = t if bias is None else bias + t
         if bias is not None or not factor.identity:
             out.append(_factor(factor, bias))
@@ -153,50 +152,5 @@ def _expands(op: Operator) -> bool:
 
 def _factor(op: Operator, bias: Tensor | None) -> nn.Module:
     """torch's module for one operator and its bias, or `Apply`."""
-    with torch.no_grad():
-        if isinstance(op, Dense) and (bias is None or bias.dim() == 1):
-            return _linear(read(op.weight), bias)
-        channels = bias is None or bias.shape == (op.out_shape[0],) + (1,) * (len(op.out_shape) - 1)
-        if isinstance(op, Convolution) and channels:
-            return _convolution(op, bias)
-        if bias is None and (module := _fixed(op)) is not None:
-            return module
-    return Apply(op, bias)
-
-
-def _linear(weight: Tensor, bias: Tensor | None) -> nn.Linear:
-    kind = {"dtype": weight.dtype, "device": weight.device}
-    layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, **kind)
-    layer.weight.copy_(weight)
-    if bias is not None:
-        layer.bias.copy_(bias.expand(weight.shape[0]))
-    return layer
-
-
-def _convolution(op: Convolution, bias: Tensor | None) -> nn.Module:
-    weight = read(op.weight)
-    spatial = weight.dim() - 2
-    name = f"Conv{'Transpose' if op.transposed else ''}{spatial}d"
-    options: dict[str, Any] = {
-        "stride": op.stride, "padding": op.padding, "dilation": op.dilation, "groups": op.groups,
-        "bias": bias is not None, "dtype": weight.dtype, "device": weight.device,
-    }  # fmt: skip
-    if op.transposed:
-        options["output_padding"] = op.output_padding
-    layer = getattr(nn, name)(op.in_shape[0], op.out_shape[0], tuple(weight.shape[2:]), **options)
-    layer.weight.copy_(weight)
-    if bias is not None:
-        layer.bias.copy_(bias.flatten())
-    return layer
-
-
-def _fixed(op: Operator) -> nn.Module | None:
-    if isinstance(op, Gather) and op.method == "reshape":
-        if len(op.out_shape) == 1:
-            return nn.Flatten()
-        return nn.Unflatten(1, op.out_shape) if len(op.in_shape) == 1 else None
-    if isinstance(op, Pooling) and op.method.startswith("adaptive_avg_pool"):
-        return getattr(nn, f"AdaptiveAvgPool{op.method[-2:]}")(*op.arguments)
-    if isinstance(op, Pooling) and op.method.startswith("avg_pool"):
-        return getattr(nn, f"AvgPool{op.method[-2:]}")(*op.arguments)
-    return None
+    module = op.as_module(bias)
+    return Apply(op, bias) if module is None else module

@@ -52,7 +52,8 @@ def _merged(f: Structure, k: int) -> Structure | None:
         return None
 
     def changed(block: Block) -> Block:
-        return replace(block, row=_written(block.row, k, f.blocks[k].row))
+        # What a layer knew of its own loop is no longer known of the longer one.
+        return replace(block, row=_written(block.row, k, f.blocks[k].row), equation=None)
 
     blocks = tuple(changed(b) if k in b.row.sources() else b for b in f.blocks)
     output = _written(f.output, k, f.blocks[k].row)

@@ -40,15 +40,17 @@ class Constant:
     """M_k ... M_1 t, a bias t and what is applied to it, computed anew at each use.
 
     Attributes:
-        value: t; broadcasts against the last factor's input, or against the row where there is none.
+        value: t, or a number; broadcasts against the last factor's input, or against the row where
+            there is none.
         factors: M_k, ..., M_1.
     """
 
-    value: Weight
+    value: Weight | float
     factors: tuple[Operator, ...] = ()
 
-    def __call__(self) -> Tensor:
-        t = read(self.value)
+    def __call__(self, like: Tensor) -> Tensor:
+        """The constant; a number in the dtype and on the device of `like`."""
+        t = read(self.value) if isinstance(self.value, Weight) else like.new_full((), self.value)
         if all(op.diagonal for op in self.factors):
             for op in reversed(self.factors):
                 t = op.apply(t)
@@ -81,7 +83,9 @@ class Row:
         """z at these blocks; the last value is u."""
         bias = None
         for constant in self.constants:
-            bias = constant() if bias is None else bias + constant()
+            like = values[self.terms[0][0] if self.terms else INPUT]
+            t = constant(like)  # type: ignore[arg-type]
+            bias = t if bias is None else bias + t
         if not self.terms:
             u = values[INPUT]
             zero = u.new_zeros(u.shape[0], *self.shape)
@@ -225,6 +229,10 @@ class Structure:
     output: AnyRow
     input_shape: tuple[int, ...]
 
+    def __post_init__(self) -> None:
+        # Found once here, where torch.compile does not look: it cannot follow a cached property.
+        _ = self.plan, self.loops, self.probe, self.output.shape
+
     # ---- the graph -------------------------------------------------------------------------------
 
     @functools.cached_property
@@ -292,32 +300,32 @@ class Structure:
     @functools.cached_property
     def A(self) -> Grid:
         """State to state."""
-        return self._grid(self._rows, self._columns, [b.row for b in self.blocks], False)
+        return grid_of(self._rows, self._columns, [b.row for b in self.blocks], False)
 
     @functools.cached_property
     def B(self) -> Grid:
         """Input to state."""
-        return self._grid(self._rows, self._source, [b.row for b in self.blocks], True)
+        return grid_of(self._rows, self._source, [b.row for b in self.blocks], True)
 
     @functools.cached_property
     def C(self) -> Grid:
         """State to output."""
-        return self._grid(self._target, self._columns, [self.output], False)
+        return grid_of(self._target, self._columns, [self.output], False)
 
     @functools.cached_property
     def D(self) -> Grid:
         """Input to output."""
-        return self._grid(self._target, self._source, [self.output], True)
+        return grid_of(self._target, self._source, [self.output], True)
 
     @property
     def b(self) -> "BlockVector":
         """The bias of the states."""
-        return BlockVector(self._rows, tuple(b.row for b in self.blocks))
+        return BlockVector(self._rows, tuple(b.row for b in self.blocks), self.example)
 
     @property
     def d(self) -> "BlockVector":
         """The bias of the output."""
-        return BlockVector(self._target, (self.output,))
+        return BlockVector(self._target, (self.output,), self.example)
 
     @property
     def _rows(self) -> tuple[Space, ...]:
@@ -335,23 +343,15 @@ class Structure:
     def _target(self) -> tuple[Space, ...]:
         return (Space("y", self.output_shape),)
 
-    @staticmethod
-    def _grid(
-        rows: tuple[Space, ...], columns: tuple[Space, ...], equations: list[AnyRow], of_input: bool
-    ) -> Grid:
-        found: dict[tuple[int, int], list[Operator]] = {}
-        for i, equation in enumerate(equations):
-            for j, op in equation.flat().terms:
-                if (j == INPUT) == of_input:
-                    found.setdefault((i, 0 if of_input else j), []).append(op)
-        return Grid(rows, columns, {key: total(*ops) for key, ops in found.items()})
-
     # ---- tensors ---------------------------------------------------------------------------------
 
     @functools.cached_property
     def probe(self) -> Weight | None:
-        """One of its tensors, not yet read, that is no mere number; None where it has none."""
-        return next((w for w in weights(self) if read(w).dim()), None)
+        """One of its tensors, not yet read, of a floating dtype and best one that is not computed;
+        None where it has none."""
+        floating = [w for w in weights(self) if read(w).is_floating_point()]
+        cheap = [w for w in floating if isinstance(w, Tensor) or w.cheap]
+        return next(iter(cheap or floating), None)
 
     @property
     def example(self) -> Tensor | None:
@@ -364,6 +364,18 @@ class Structure:
         return self.output.cost + sum(block.row.cost for block in self.blocks)
 
 
+def grid_of(
+    rows: tuple[Space, ...], columns: tuple[Space, ...], equations: list[AnyRow], of_input: bool
+) -> Grid:
+    """The operators of some rows, those from blocks or those from the input."""
+    found: dict[tuple[int, int], list[Operator]] = {}
+    for i, equation in enumerate(equations):
+        for j, op in equation.flat().terms:
+            if (j == INPUT) == of_input:
+                found.setdefault((i, 0 if of_input else j), []).append(op)
+    return Grid(rows, columns, {key: total(*ops) for key, ops in found.items()})
+
+
 @dataclass(frozen=True, eq=False)
 class BlockVector:
     """b or d of a structured model.
@@ -371,10 +383,12 @@ class BlockVector:
     Attributes:
         spaces: the blocks.
         rows: whose constants it consists of.
+        like: one of the model's tensors, for numbers and zeros.
     """
 
     spaces: tuple[Space, ...]
     rows: tuple[AnyRow, ...]
+    like: Tensor | None = None
 
     @property
     def shape(self) -> tuple[int]:
@@ -394,14 +408,14 @@ class BlockVector:
         (n,) = self.shape
         if n > limit:
             raise ValueError(f"dense: the vector would have {n} entries, more than {limit}.")
+        kind = torch.empty(0) if self.like is None else self.like
+        kind = kind if like is None else like
         known: list[Tensor | None] = []
         for space, row in zip(self.spaces, self.rows, strict=True):
             flat = row.flat()
-            constants = [fitted(c, flat.shape)().expand(flat.shape) for c in flat.constants]
+            constants = [fitted(c, flat.shape)(kind).expand(flat.shape) for c in flat.constants]
             whole = functools.reduce(torch.add, constants) if constants else None
             known.append(None if whole is None else space.flat(whole[None])[0])
-        kind = next((t for t in known if t is not None), like)
-        kind = torch.empty(0) if kind is None else kind
         sizes = [space.size for space in self.spaces]
         parts = [kind.new_zeros(n) if t is None else t for t, n in zip(known, sizes, strict=True)]
         return torch.cat(parts) if parts else kind.new_zeros(0)

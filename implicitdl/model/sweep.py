@@ -61,9 +61,13 @@ def solve(
         codes = torch.maximum(codes, loop.codes.view(m, share).amax(1).to(codes.dtype))
         residual = torch.maximum(residual, loop.residual.view(m, share).amax(1).to(residual.dtype))
         steps = steps + loop.steps.view(m, share).amax(1)
+    value = torch.cat(states, 1)
+    sick = ~torch.isfinite(value).all(1)
+    codes = codes.masked_fill(sick, Status.NONFINITE.code)
+    residual = residual.masked_fill(sick, torch.inf)
     tried = [loop.stats.get("solver", "") for loop in loops]
     return Solution(
-        value=torch.cat(states, 1).view(*batch, n),
+        value=value.view(*batch, n),
         codes=codes.view(batch),
         residual=residual.view(batch),
         steps=steps.view(batch),
@@ -101,10 +105,13 @@ def _rows(f: Structure, u: Tensor) -> tuple[Tensor, tuple[int, ...], bool]:
                 f"u: got {u.dtype}, expected {like.dtype} as the weights; convert with .to()."
             )
     rank = len(own)
-    if rank and u.shape[-rank:] == own and u.dim() >= rank:
-        batch = u.shape[:-rank]
+    flat = u.dim() > 0 and u.shape[-1] == math.prod(own)
+    # (1, L) may be one sample of one channel, or a batch of one flat sample: it is a batch.
+    natural = u.dim() >= rank and u.shape[u.dim() - rank :] == own
+    if natural and not (flat and u.dim() == rank > 1):
+        batch = u.shape[: u.dim() - rank]
         return (u if len(batch) == 1 else u.reshape(-1, *own)), batch, True
-    if u.dim() and u.shape[-1] == math.prod(own):
+    if flat:
         return u.reshape(-1, *own), u.shape[:-1], False
     raise ValueError(
         f"u: got shape {tuple(u.shape)}, expected (*batch, {_text(own)})"

@@ -33,7 +33,7 @@ def structured(model: "ImplicitModel") -> Structure:
     block = Block(
         "x",
         Row((n,), ((0, Dense(model.A)), (INPUT, Dense(model.B))), (Constant(model.b),)),
-        model.activation,
+        model.activation if model.phi.entrywise else model.phi,
         (n,),
     )
     output = Row((q,), ((0, Dense(model.C)), (INPUT, Dense(model.D))), (Constant(model.d),))
@@ -235,7 +235,10 @@ def feedback(f: Structure, K: Tensor) -> Structure:
         D = f.D
         M = Live(lambda: closing(D.dense(dtype=K.dtype, device=K.device), K))
         whole = product(*reshaped((size,), output.shape), Dense(M), _through(flat, output.shape))
-        blocks = (_link("C x + D v + d", output), _link("fed back", Row(output.shape, ((count, whole),))))
+        blocks = (
+            _link("C x + D v + d", output),
+            _link("fed back", Row(output.shape, ((count, whole),))),
+        )
         y = count + 1
     loop = product(*back, Dense(K), _through(flat, output.shape))
 

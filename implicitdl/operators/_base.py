@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 # Entries of the largest matrix that `dense` makes unless it is told otherwise: 512 MiB in float64.
 DENSE_LIMIT = 1 << 26
@@ -21,14 +21,27 @@ class Live:
     An operator that holds one follows the module when it is trained, and builds the graph from the
     weight to the parameters afresh on each call, so that gradients can be taken again and again.
 
+    A deep copy of what holds it holds the tensor as it is then.
+
     Args:
         read: returns the tensor.
+        cheap: whether that takes no computation.
     """
 
-    __slots__ = ("read",)
+    __slots__ = ("cheap", "read")
 
-    def __init__(self, read: Callable[[], Tensor]):
-        self.read = read
+    def __init__(self, read: Callable[[], Tensor], *, cheap: bool = False):
+        self.read, self.cheap = read, cheap
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Tensor:
+        now = self.read()
+        return now.detach().clone().requires_grad_(now.requires_grad)
+
+    def __reduce__(self) -> Any:
+        raise TypeError(
+            "a model that reads the parameters of a network cannot be pickled: use model.save(), or "
+            "copy.deepcopy(model), which has tensors of its own"
+        )
 
     def __call__(self) -> Tensor:
         return self.read()
@@ -91,7 +104,7 @@ class Operator(abc.ABC):
     def norm(self, order: float = math.inf) -> float:
         """The operator norm induced by the infinity norm, or the 1-norm, from above.
 
-        It is max_i sum_j |M_ij|, computed from `abs()` in one product.
+        It is max_i sum_j |M_ij|, computed from `abs()` in one product, in float64, rounded up.
 
         Args:
             order: `math.inf` (largest row sum of |M|) or 1 (largest column sum).
@@ -101,14 +114,16 @@ class Operator(abc.ABC):
         """
         if order not in (1, math.inf):
             raise ValueError(f"order: got {order!r}, expected math.inf or 1.")
-        kind = next(self.tensors(), torch.empty(0))
-        size = self.abs()
+        kind = next(self.tensors(), torch.empty(0)).new_ones((), dtype=torch.float64)
         with torch.no_grad():
+            size = rebuilt(self, lambda w: read(w).detach().double()).abs()
             if order == 1:
-                sums = size.transpose(kind.new_ones(1, *self.out_shape))
+                sums = size.transpose(kind.expand(1, *self.out_shape))
             else:
-                sums = size.apply(kind.new_ones(1, *self.in_shape))
-        return float(sums.amax()) if sums.numel() else 0.0
+                sums = size.apply(kind.expand(1, *self.in_shape))
+        # Each is a sum of at most so many terms >= 0, and is off by as many roundings at the most.
+        terms = max(math.prod(self.in_shape), math.prod(self.out_shape)) + 4
+        return float(sums.amax()) * (1 + terms * 2.0**-52) if sums.numel() else 0.0
 
     def dense(
         self,
@@ -143,6 +158,15 @@ class Operator(abc.ABC):
     def tensors(self) -> Iterator[Tensor]:
         """The tensors that it holds, as they are now."""
         return map(read, weights(self))
+
+    @property
+    def matrix(self) -> Tensor | None:
+        """The matrix that it multiplies the last dimension by, where that is all; else None."""
+        return None
+
+    def as_module(self, bias: Tensor | None) -> nn.Module | None:
+        """A module of torch that computes M x + bias with parameters of its own, if there is one."""
+        return None
 
     def __matmul__(self, other: "Operator") -> "Operator":
         """The operator x -> self(other(x)).

@@ -5,7 +5,8 @@ from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._base import Operator, Weight, read
@@ -54,7 +55,7 @@ class Convolution(Operator):
         fused = beyond = None
         if bias is not None:
             # A number a channel goes into the convolution, anything else is added to it.
-            if bias.numel() == self.out_shape[0] and bias.shape[:1] == self.out_shape[:1]:
+            if tuple(bias.shape) == (self.out_shape[0],) + (1,) * (len(self.out_shape) - 1):
                 fused = bias.reshape(-1)
             else:
                 beyond = bias
@@ -70,6 +71,28 @@ class Convolution(Operator):
 
     def abs(self) -> "Convolution":
         return replace(self, weight=read(self.weight).abs())
+
+    def as_module(self, bias: Tensor | None) -> nn.Module | None:
+        """A convolution of torch's, where the bias is one number a channel."""
+        if bias is not None and bias.numel() != bias.shape[0]:
+            return None
+        weight = read(self.weight)
+        spatial = weight.dim() - 2
+        name = f"Conv{'Transpose' if self.transposed else ''}{spatial}d"
+        options: dict[str, Any] = {
+            "stride": self.stride, "padding": self.padding, "dilation": self.dilation,
+            "groups": self.groups, "bias": bias is not None, "dtype": weight.dtype,
+            "device": weight.device,
+        }  # fmt: skip
+        if self.transposed:
+            options["output_padding"] = self.output_padding
+        sizes = self.in_shape[0], self.out_shape[0], tuple(weight.shape[2:])
+        layer = getattr(nn, name)(*sizes, **options)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            if bias is not None:
+                layer.bias.copy_(bias.flatten())
+        return layer
 
     @property
     def label(self) -> str:

@@ -2,9 +2,10 @@
 
 import math
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ._base import DENSE_LIMIT, Operator, Weight, added, read, require_small
@@ -49,6 +50,24 @@ class Dense(Operator):
 
     def transpose(self, g: Tensor) -> Tensor:
         return g @ read(self.weight)
+
+    @property
+    def matrix(self) -> Tensor:
+        """W."""
+        return read(self.weight)
+
+    def as_module(self, bias: Tensor | None) -> nn.Module | None:
+        """A linear layer, where the bias is one number an entry of the last dimension."""
+        if bias is not None and bias.dim() > 1:
+            return None
+        weight = read(self.weight)
+        kind: dict[str, Any] = {"dtype": weight.dtype, "device": weight.device}
+        layer = nn.Linear(weight.shape[1], weight.shape[0], bias is not None, **kind)
+        with torch.no_grad():
+            layer.weight.copy_(weight)
+            if bias is not None:
+                layer.bias.copy_(bias.expand(weight.shape[0]))
+        return layer
 
     def abs(self) -> "Dense":
         return replace(self, weight=read(self.weight).abs())
@@ -147,14 +166,12 @@ class Scale(Operator):
             return x * s
         if not isinstance(s, Tensor):
             return bias + x * s
-        channels = self.shape[0]
-        if x.dim() > 2 and s.dim() == len(self.shape) and s.numel() == channels == s.shape[0]:
+        channels = (self.shape[0],) + (1,) * (len(self.shape) - 1)
+        if x.dim() > 2 and tuple(s.shape) == tuple(bias.shape) == channels:
             # One pass, forward and backward: the normalisation by mean 0 and variance 1.
-            b = bias.reshape(-1) if bias.numel() == channels else bias.new_zeros(channels)
-            zero, one = s.new_zeros(channels), s.new_ones(channels)
-            y = F.batch_norm(x, zero, one, s.reshape(-1), b, False, 0.0, 0.0)
-            return y if bias.numel() == channels else y + bias
-        return torch.addcmul(bias, x, s)
+            zero, one = s.new_zeros(channels[0]), s.new_ones(channels[0])
+            return F.batch_norm(x, zero, one, s.reshape(-1), bias.reshape(-1), False, 0.0, 0.0)
+        return x * s + bias
 
     def transpose(self, g: Tensor) -> Tensor:
         return g * self.values()

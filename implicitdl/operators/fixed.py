@@ -6,11 +6,18 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..solution import unknown_name
 from ._base import Operator, added
+
+
+def _after_batch(dims: tuple[int, ...]) -> list[int]:
+    """Dimensions of a sample, counted from 0, as those of the batch."""
+    if any(i < 0 for i in dims):
+        raise IndexError(f"dimensions {dims}, expected such of a sample, counted from 0")
+    return [1 + i for i in dims]
 
 
 def _reshape(x: Tensor, *shape: int) -> Tensor:
@@ -18,7 +25,7 @@ def _reshape(x: Tensor, *shape: int) -> Tensor:
 
 
 def _permute(x: Tensor, *order: int) -> Tensor:
-    return x.permute(0, *(1 + i for i in order))
+    return x.permute(0, *_after_batch(order))
 
 
 def _pad(x: Tensor, pad: tuple[int, ...], mode: str) -> Tensor:
@@ -35,6 +42,8 @@ def _expand(x: Tensor, *shape: int) -> Tensor:
 
 
 def _repeat(x: Tensor, *repeats: int) -> Tensor:
+    if len(repeats) != x.dim() - 1:
+        raise ValueError(f"{len(repeats)} numbers for {x.dim() - 1} dimensions")
     return x.repeat(1, *repeats)
 
 
@@ -45,11 +54,11 @@ def _place(x: Tensor, dim: int, start: int, total: int) -> Tensor:
 
 
 def _flip(x: Tensor, *dims: int) -> Tensor:
-    return x.flip([1 + i for i in dims])
+    return x.flip(_after_batch(dims))
 
 
 def _roll(x: Tensor, shifts: tuple[int, ...], dims: tuple[int, ...]) -> Tensor:
-    return x.roll(shifts, [1 + i for i in dims])
+    return x.roll(shifts, _after_batch(dims))
 
 
 def _nearest(x: Tensor, *size: int) -> Tensor:
@@ -61,11 +70,11 @@ def _interpolate(x: Tensor, size: tuple[int, ...], mode: str, corners: bool | No
 
 
 def _mean(x: Tensor, dims: tuple[int, ...], keep: bool) -> Tensor:
-    return x.mean([1 + i for i in dims], keep)
+    return x.mean(_after_batch(dims), keep)
 
 
 def _sum(x: Tensor, dims: tuple[int, ...], keep: bool) -> Tensor:
-    return x.sum([1 + i for i in dims], keep)
+    return x.sum(_after_batch(dims), keep)
 
 
 _GATHER: dict[str, Callable[..., Tensor]] = {
@@ -91,6 +100,9 @@ _POOLING: dict[str, Callable[..., Tensor]] = {
 }
 
 
+_MODULES = {"avg_pool": "AvgPool", "adaptive_avg_pool": "AdaptiveAvgPool"}
+
+
 class _Fixed(Operator):
     """A function of torch by name, linear with entries >= 0, with its arguments."""
 
@@ -112,6 +124,10 @@ class _Fixed(Operator):
             raise ValueError(
                 f"{self.method}: {self.arguments} does not fit {self.in_shape} ({error})."
             ) from error
+        divisor = self.arguments[5] if self.method in ("avg_pool2d", "avg_pool3d") and len(
+            self.arguments) > 5 else None  # fmt: skip
+        if divisor is not None and divisor < 0:
+            raise ValueError(f"{self.method}: got the divisor {divisor}, expected one above zero.")
         object.__setattr__(self, "_out", tuple(image.shape[1:]))
         object.__setattr__(self, "_function", table[self.method])
 
@@ -154,6 +170,14 @@ class Gather(_Fixed):
     def cost(self) -> int:
         return 0
 
+    def as_module(self, bias: Tensor | None) -> nn.Module | None:
+        """`Flatten` or `Unflatten`."""
+        if bias is not None or self.method != "reshape":
+            return None
+        if len(self.out_shape) == 1:
+            return nn.Flatten()
+        return nn.Unflatten(1, self.out_shape) if len(self.in_shape) == 1 else None
+
 
 @dataclass(frozen=True, eq=False, repr=False)
 class Pooling(_Fixed):
@@ -181,3 +205,10 @@ class Pooling(_Fixed):
     def light(self) -> bool:
         """Always: a pass over x."""
         return True
+
+    def as_module(self, bias: Tensor | None) -> nn.Module | None:
+        """torch's pooling of that name."""
+        name = _MODULES.get(self.method.rstrip("123d"))
+        if bias is not None or name is None:
+            return None
+        return getattr(nn, f"{name}{self.method[-2:]}")(*self.arguments)

@@ -35,7 +35,7 @@ class Space:
 
     def flat(self, block: Tensor) -> Tensor:
         """The block as part of a vector.  # (m, *shape) -> (m, size)"""
-        rows = block.reshape(block.shape[0], -1)
+        rows = block.reshape(block.shape[0], math.prod(self.shape))
         missing = self.size - rows.shape[1]
         return torch.nn.functional.pad(rows, (0, missing)) if missing else rows
 
@@ -86,18 +86,9 @@ class Grid(Operator):
 
     def __getitem__(self, at: tuple[int, int]) -> Operator:
         """The operator at (i, j), which may be a `Zero`."""
-        i, j = at
+        i, j = (range(len(s))[k] for k, s in zip(at, (self.rows, self.columns), strict=True))
         zero = Zero(self.columns[j].shape, self.rows[i].shape)
-        return self.entries.get((i % len(self.rows), j % len(self.columns)), zero)
-
-    def sub(self, rows: list[int], columns: list[int]) -> "Grid":
-        """Some of its rows and columns, in the order given."""
-        at = {(i, j): (rows.index(i), columns.index(j)) for i in rows for j in columns}
-        return Grid(
-            tuple(self.rows[i] for i in rows),
-            tuple(self.columns[j] for j in columns),
-            {at[key]: op for key, op in self.entries.items() if key in at},
-        )
+        return self.entries.get((i, j), zero)
 
     def apply(self, x: Tensor, bias: Tensor | None = None) -> Tensor:
         parts = x.split([s.size for s in self.columns], dim=1)
