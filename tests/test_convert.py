@@ -4,6 +4,7 @@
 import collections
 import copy
 import math
+import pickle
 import re
 import weakref
 from dataclasses import dataclass
@@ -1866,3 +1867,183 @@ def test_states_that_nobody_reads_any_more_are_let_go():
     with torch.no_grad(), Alive():
         model(randn(64, 50))
     assert len(alive) == 30 and max(alive) <= 3
+
+
+# ---- what a reader of the code found --------------------------------------------------------------
+
+
+class Fn4(nn.Module):
+    """A function of a linear layer's output, with a vector of its own."""
+
+    def __init__(self, f):
+        super().__init__()
+        self.l, self.f, self.v = nn.Linear(3, 4), f, nn.Parameter(torch.zeros(4))
+
+    def forward(self, x):
+        return self.f(self, self.l(x))
+
+
+def test_a_zero_bias_hides_nothing():
+    """A bias along the last dimension of an image as wide as it has channels."""
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c = nn.Conv2d(3, 8, 3, padding=1, bias=False)
+            self.b = nn.Parameter(torch.zeros(8))
+
+        def forward(self, x):
+            return torch.relu(self.c(x) + self.b)
+
+    net, u = Wide(), randn(4, 3, 8, 8)
+    model = to_implicit(net, u)
+    net.b.data.normal_()
+    agree(model, net, u, list(net.parameters()))
+
+
+def test_a_forward_of_its_own_is_not_overlooked():
+    class Gated(ImplicitLayer):
+        def __init__(self):
+            super().__init__(4, 4, 5)
+            self.gate = nn.Parameter(torch.zeros(1))
+
+        def forward(self, u):
+            return super().forward(u) + self.gate * u
+
+    with pytest.raises(ConversionError, match="a forward of its own.*ImplicitLayer") as error:
+        to_implicit(nn.Sequential(nn.Linear(3, 4), Gated()), randn(2, 3))
+    assert error.value.module_path == "1"
+    net = nn.Sequential(nn.Linear(3, 4), ImplicitLayer(4, 4, 5))
+    net[1].register_forward_hook(lambda m, i, o: 2 * o)
+    with pytest.raises(ConversionError, match="forward hook"):
+        to_implicit(net, randn(2, 3))
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU())  # a hook on what is looked into is followed
+    net[1].register_forward_hook(lambda m, i, o: 2 * o)
+    agree(to_implicit(net, randn(2, 3)), net, randn(3, 3))
+
+
+@pytest.mark.parametrize("f", [
+    lambda self, h: h / h.shape[0], lambda self, h: h * len(h), lambda self, h: h / h.numel(),
+    lambda self, h: h * 2 if h.shape[0] == 2 else h, lambda self, h: h.reshape(2, -1),
+])  # fmt: skip
+def test_a_batch_size_that_became_a_number_is_found(f):
+    with pytest.raises(ConversionError, match="3 samples, 2 in the example"):
+        to_implicit(Fn4(f), randn(2, 3))
+
+
+def clamped(self, h):
+    h[:, :2].clamp_(-30, 30)
+    return h
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.bfloat16])
+def test_a_write_through_a_view_is_found_where_the_example_shows_nothing(kind):
+    with pytest.raises(ConversionError, match="in place"):
+        to_implicit(Fn4(clamped).to(kind), randn(2, 3).to(kind))
+
+
+def without_gradient(self, h):
+    with torch.no_grad():
+        return self.l(h[:, :3])
+
+
+def hooked(self, h):
+    h.register_hook(torch.neg)
+    return h
+
+
+@pytest.mark.parametrize("f, words", [
+    (without_gradient, "no_grad"), (hooked, "register_hook|argument of type"),
+])  # fmt: skip
+def test_gradients_that_would_be_others_are_refused(f, words):
+    with pytest.raises(ConversionError, match=words):
+        to_implicit(Fn4(f), randn(2, 3))
+
+
+def test_hooks_and_inexact_adjoints_are_refused():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    net[0].register_full_backward_hook(lambda *_: None)
+    with pytest.raises(ConversionError, match="backward hook"):
+        to_implicit(net, randn(2, 3))
+    with pytest.raises(ConversionError, match="OneStep"):
+        to_implicit(ImplicitLayer(3, 4, 5, adjoint="one_step"), randn(2, 3))
+    with pytest.raises(ConversionError, match="any form"):
+        deq = implicitdl.EquilibriumLayer(lambda z, u: torch.tanh(z / 2 + u), 4)
+        to_implicit(nn.Sequential(nn.Linear(3, 4), deq), randn(2, 3))
+
+
+def test_a_counter_among_the_buffers_stays_a_tensor():
+    class Counting(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.l = nn.Linear(3, 4)
+            self.register_buffer("steps", torch.zeros(()))
+
+        def forward(self, x):
+            self.steps += 1
+            self.last = torch.relu(self.l(x))
+            return self.last
+
+    net = Counting()
+    model = to_implicit(net, randn(2, 3))
+    assert net.steps.item() == 0 and isinstance(net.state_dict()["steps"], Tensor)
+    assert not hasattr(net, "last")
+    agree(model, net, randn(3, 3), list(net.parameters()))
+
+
+def test_a_state_of_nan_has_not_converged():
+    net = randomised(nn.Sequential(nn.Linear(3, 4), nn.ReLU()))
+    model, u = to_implicit(net, randn(2, 3)), randn(3, 3)
+    u[1] = torch.nan
+    found = model.solve(u, on_failure="return")
+    assert found.converged.tolist() == [True, False, True] and found.residual[1] == torch.inf
+    with pytest.raises(implicitdl.ConvergenceError, match="index 1"):
+        model.solve(u)
+
+
+def test_a_deep_copy_owns_its_tensors():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU())
+    model, u = to_implicit(net, randn(2, 3)), randn(3, 3)
+    own = copy.deepcopy(model)
+    before = own(u)
+    net[0].weight.data.zero_()
+    assert torch.equal(own(u), before) and not torch.equal(model(u), before)
+    with pytest.raises(TypeError, match="save"):
+        pickle.dumps(model)
+
+
+def test_numbers_take_the_dtype_of_what_they_meet():
+    class Shifted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.c, self.l = nn.Conv2d(1, 2, 3), nn.Linear(8, 3)
+
+        def forward(self, x):
+            h = F.avg_pool2d(F.pad(self.c(x) + 0.1, (1, 1), value=0.3), 2)
+            return self.l(h[..., :2].flatten(1).relu())
+
+    net = Shifted().float()
+    model = to_implicit(net, randn(2, 1, 6, 6).float())
+    u = randn(3, 1, 6, 6)
+    agree(model, net, u.float(), allowed=1e-6, gradients=1e-6)
+    net.double()
+    agree(model, net, u)
+    net.float()
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert model(u.float()).dtype == net(u.float()).dtype == torch.bfloat16
+
+
+def test_a_mask_keeps_what_it_freezes():
+    net = nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 2))
+    model = to_implicit(net, randn(2, 3))
+    mask = torch.zeros(9, 9, dtype=torch.bool)
+    mask[7, 1] = True  # a feedback, with the network's own blocks frozen
+    with pytest.raises(ValueError, match="mask"):
+        ImplicitLayer.from_model(model, trainable=mask)
+    mask = torch.zeros(9, 9, dtype=torch.bool)
+    mask[0, 5] = True
+    layer = ImplicitLayer.from_model(model, trainable=mask)
+    before = layer.A.detach().clone()
+    with torch.no_grad():
+        layer.W += 100.0
+    assert torch.equal(layer.A[~mask], before[~mask]) and layer.A[0, 5] == before[0, 5] + 100

@@ -19,7 +19,7 @@ from ..solution import ConversionError
 from . import derived, functions, modules, shapes  # which register what they convert  # noqa: F401
 from .builder import Refused, Trace, Value, live
 from .checking import check
-from .registry import FUNCTIONS, METHODS, of_module, register
+from .registry import FUNCTIONS, METHODS, MODULES, of_module, register
 from .tracing import Untraceable, called, path, record, untouched, value, writes
 
 __all__ = ["ConversionError", "Trace", "Value", "live", "register", "to_implicit"]
@@ -84,8 +84,13 @@ def to_implicit(module: nn.Module, example_input: Tensor) -> ImplicitModel:
             "embedding).", "",
         )  # fmt: skip
     _refuse_modes(module)
-    with torch.no_grad(), untouched(module):
-        module(example_input.clone())  # a network that fails fails with its own error
+    with untouched(module):  # a network that fails fails with its own error
+        try:
+            with torch.no_grad():
+                module(example_input.clone())
+        except RuntimeError:  # it may need gradients
+            with torch.enable_grad():
+                module(example_input.clone())
     root = nn.Sequential(module)  # so that the network may itself have a converter
     trace = Trace(example_input, module)
     try:
@@ -112,6 +117,17 @@ def _refuse_modes(module: nn.Module) -> None:
     """What makes a network random, couples its samples, or changes its gradients."""
     for name, part in module.named_modules():
         share = getattr(part, "dropout", 0)
+        if isinstance(part, torch.jit.ScriptModule):
+            raise ConversionError(
+                f"{_named(module, name)} was compiled by torch.jit, which leaves nothing to record; "
+                "convert the module that it was made of.", name,
+            )  # fmt: skip
+        known = next((cls for cls in type(part).__mro__ if cls in MODULES), None)
+        if known is not None and of_module(part) is None:
+            raise ConversionError(
+                f"{_named(module, name)} has a forward of its own, which the converter of "
+                f"{known.__name__} does not know: register one for {type(part).__name__}.", name,
+            )  # fmt: skip
         random = isinstance(part, _RANDOM) or (isinstance(share, float) and share > 0)
         idle = isinstance(part, nn.modules.dropout._DropoutNd) and part.p == 0
         if part.training and random and not idle:
@@ -302,10 +318,7 @@ def _function(node: fx.Node) -> str:
 
 def _named(module: nn.Module, where: str) -> str:
     """A module by its path and class."""
-    try:
-        kind = type(module.get_submodule(where)).__name__
-    except AttributeError:
-        kind = "?"
+    kind = type(dict(module.named_modules()).get(where)).__name__
     return f"{where!r} ({kind})" if where else f"the network ({kind})"
 
 

@@ -69,6 +69,8 @@ def _step(
 
 def implicit_layer(trace: Trace, layer: Any, input: Value) -> Value:
     """y = C x + D u + d at x = phi(A x + B u + b), a block of states that loops."""
+    if not layer.adjoint.exact:
+        raise Refused(f"its gradients are those of {layer.adjoint}, the model's would be exact")
     u = trace.state(input)
     x = trace.equilibrium(layer, u)
     y = trace.linear(x, live(layer, "C"), None if layer.d is None else live(layer, "d"))
@@ -95,22 +97,24 @@ def implicit_rnn(
     return trace.join(rows, 0), (outputs[-1],)
 
 
-def _refuse(reason: str, *targets: Any) -> None:
+def refuse(reason: str, *targets: Any) -> None:
+    """Register the reason why some modules, functions or methods cannot be converted."""
+
     def convert(trace: Trace, *_: Any, **__: Any) -> Value:
         raise Refused(reason)
 
     register(*targets)(convert)
 
 
-_refuse(f"{_PRODUCTS} (gates)", nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
-_refuse(
+refuse(f"{_PRODUCTS} (gates)", nn.LSTM, nn.GRU, nn.LSTMCell, nn.GRUCell)
+refuse(
     f"{_PRODUCTS} (attention)", nn.MultiheadAttention, nn.TransformerEncoderLayer,
     nn.TransformerDecoderLayer, F.scaled_dot_product_attention,
 )  # fmt: skip
-_refuse(f"{_PRODUCTS} (bilinear)", F.bilinear)
-_refuse(
+refuse(f"{_PRODUCTS} (bilinear)", F.bilinear)
+refuse(
     "it normalises by statistics of the input, a product of states, which is not of the form "
     "x = phi(A x + B u + b); batch normalisation in eval mode is",
     F.layer_norm, F.group_norm, F.instance_norm, F.local_response_norm, F.normalize, F.rms_norm,
 )  # fmt: skip
-_refuse("it stops gradients, which the states of a model do not", "detach", "detach_", torch.detach)
+refuse("it stops gradients, which the states of a model do not", "detach", "detach_", torch.detach)

@@ -122,7 +122,13 @@ def _reads_more(fz: Tensor, leaf: Tensor) -> bool:
 
 
 class Adjoint(abc.ABC):
-    """How gradients flow through a solve. An adjoint *runs* the solver."""
+    """How gradients flow through a solve. An adjoint *runs* the solver.
+
+    Attributes:
+        exact: whether the derivatives are those of the solution.
+    """
+
+    exact = False
 
     @abc.abstractmethod
     def attach(self, f: "Map | AffineMap", z: Tensor, solver: FixedPointSolver) -> Tensor:
@@ -146,6 +152,7 @@ class Implicit(Adjoint):
         solver: for the adjoint equation; None means the forward one.
     """
 
+    exact = True
     order: int = 1
     solver: Any = None  # FixedPointSolver | str | None; a FixedPointSolver or None once made
 
