@@ -29,6 +29,14 @@ class Status(enum.Enum):
         "broke down. Check the map with `implicitdl.wellposed.certificate`, or use `Newton` or a "
         "monotone splitting."
     )
+    INFEASIBLE = (
+        "No point satisfies the constraints; `stats['certificate']` has a combination of them that "
+        "is a contradiction. Relax a constraint that it weighs."
+    )
+    UNBOUNDED = (
+        "The objective falls without bound along the direction in `stats['certificate']`. Bound the "
+        "variables that it moves, or add a quadratic term."
+    )
     NONFINITE = (
         "The input of the solve, or its first evaluation, holds NaN or infinite values (or such as "
         "overflow)."
@@ -62,6 +70,15 @@ class NotWellPosedError(ImplicitDLError, ValueError):
     def __init__(self, message: str, margin: float | None = None):
         super().__init__(message)
         self.margin = margin
+
+
+class InfeasibleError(ImplicitDLError, ValueError):
+    """Programs of a batch have no solution: `.instances` says which, `.certificate` proves it."""
+
+    def __init__(self, message: str, certificate: Tensor | None = None, instances: Any = None):
+        super().__init__(message)
+        self.certificate = certificate
+        self.instances = instances
 
 
 class ConversionError(ImplicitDLError, TypeError):

@@ -27,6 +27,7 @@ from .adjoints import (
     OneStep,
     Unrolled,
     attach,
+    attach_root,
     get_adjoint,
 )
 from .affine import Equation, equilibrium
@@ -40,6 +41,7 @@ __all__ = [
     "OneStep",
     "Unrolled",
     "attach",
+    "attach_root",
     "equilibrium",
     "fixed_point",
     "get_adjoint",

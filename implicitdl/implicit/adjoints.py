@@ -1,6 +1,7 @@
 """How gradients flow through a solve: exactly, cut short, or unrolled."""
 
 import abc
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -39,6 +40,27 @@ def attach(
         ValueError: z is no solution (||f(z) - z|| > 1e-3 ||f(z)||), or a wrong option.
     """
     return _attach(f, z, solvers.get_solver(solver), _order("attach", order), None)
+
+
+def attach_root(
+    residual: Callable[[Tensor], Tensor], w: Tensor, inverse: Any, order: int = 1
+) -> Tensor:
+    """Make a root of R(w) = 0 differentiable, with a solver of its derivative's equations given.
+
+    The same chord steps as `attach`'s, w <- w - J^-1 R(w) with J = dR/dw held constant at w.
+
+    Args:
+        residual: R, which closes over what w depends on.
+        w: the root.  # (batch, n)
+        inverse: `apply(b, transposed)` returns J^-1 b or J^-T b, row by row.
+        order: how many derivatives are exact; differentiating further raises.
+    """
+    w = w.detach()
+    if constant():
+        return w
+    for _ in range(order):
+        w = w + Chord.apply(-residual(w), inverse, order)
+    return w
 
 
 def _order(who: str, order: int) -> int:

@@ -1,0 +1,267 @@
+"""Solving a batch of cone programs, and the Solution that comes of it."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..implicit import attach_root, refuse_transforms
+from ..solution import InfeasibleError, Solution, Status, check_on_failure
+from . import interior
+from .newton import KKT, polished
+from .program import Program
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConeSolver:
+    """A primal-dual interior-point method for a batch, finished by Newton's on the active rows.
+
+    The interior-point method finds which constraints are active; semismooth Newton steps on the
+    optimality conditions then lead to rounding. An instance whose previous solution is given starts
+    with these steps and needs no more where its active set has not changed. Work is in float64.
+
+    Args:
+        tol: relative error of the optimality conditions at which an instance is solved.
+        max_steps: most interior-point steps.
+        chunk: instances that are worked on together; None for what suits a CPU's cache.
+    """
+
+    tol: float = 1e-9
+    max_steps: int = 60
+    chunk: int | None = None
+
+    def __post_init__(self) -> None:
+        if not 0 < self.tol <= 1e-3:
+            raise ValueError(f"tol: got {self.tol}, expected a number in (0, 1e-3].")
+        for name in ("max_steps", "chunk"):
+            value = getattr(self, name)
+            if not (value is None and name == "chunk") and (type(value) is not int or value < 1):
+                raise ValueError(f"{name}: got {value!r}, expected an integer >= 1.")
+
+    def points(
+        self, program: Program, start: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """w = (x, y, s - z), the status code of each instance, its error, and its steps.
+
+        Of an infeasible instance y and z, of an unbounded one x, are the certificate.
+
+        Args:
+            program: float64, without a graph.
+            start: w of a nearby program, rows of NaN where there is none.
+        """
+        size = self.chunk or (64 if program.q.device.type == "cpu" else program.batch)
+        size = max(1, size)
+        parts = [
+            self._chunk(
+                program.select(slice(i, i + size)), None if start is None else start[i : i + size]
+            )
+            for i in range(0, program.batch, size)
+        ]
+        if not parts:
+            w = program.q.new_zeros(0, sum(program.sizes))
+            none = torch.zeros(0, dtype=torch.long, device=w.device)
+            return w, none, w.new_zeros(0), none
+        return tuple(torch.cat(each) for each in zip(*parts, strict=True))  # type: ignore[return-value]
+
+    def _chunk(
+        self, program: Program, start: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        batch, device = program.batch, program.q.device
+        w = program.q.new_zeros(batch, sum(program.sizes))
+        error = program.q.new_full((batch,), torch.inf)
+        codes = torch.full((batch,), Status.MAX_STEPS.code, device=device)
+        steps = torch.zeros(batch, dtype=torch.long, device=device)
+        if start is not None:
+            near = torch.nonzero(torch.isfinite(start).all(1)).flatten()
+            if near.numel():
+                part = program.select(near)
+                first = part.error(start[near])
+                found, e = polished(part, start[near], first, 4, self.tol * 1e-3)
+                w, error = w.index_copy(0, near, found), error.index_copy(0, near, e)
+                steps = steps.index_add(0, near, torch.ones_like(near))
+        rows = torch.nonzero(error > self.tol).flatten()
+        state = None
+        # Near enough for Newton's method at first; closer for those that it does not finish.
+        for tol in (1e-5, 1e-7, self.tol):
+            if not rows.numel():
+                break
+            part = program.select(rows)
+            state, outcome, took = interior.solve(part, tol, 1e-9, self.max_steps, state)
+            steps = steps.index_add(0, rows, took)
+            point = state.point()
+            solved = outcome == interior.SOLVED
+            first = torch.where(solved, part.error(point), -1.0)  # of no use where not solved
+            point, e = polished(part, point, first, 6, self.tol * 1e-3)
+            # Where s and z both vanish, s - z tells less of the solution than s and z do.
+            e = torch.minimum(torch.where(solved, e, torch.inf), interior.quality(part, state))
+            better = e < error[rows]
+            w[rows] = torch.where(better[:, None], point, w[rows])
+            error[rows] = torch.where(better, e, error[rows])
+            for which, status in ((interior.INFEASIBLE, Status.INFEASIBLE),
+                                  (interior.UNBOUNDED, Status.UNBOUNDED)):  # fmt: skip
+                hit = rows[outcome == which]
+                if hit.numel():
+                    codes[hit] = status.code
+                    w[hit] = _certificate(state, outcome == which, which)
+            stuck = (outcome == interior.BROKEN) | (outcome == interior.GOING)
+            left = (error[rows] > self.tol) & (solved | stuck)
+            if bool(stuck.all()) or tol == self.tol:
+                break
+            keep = torch.nonzero(left & ~stuck).flatten()
+            rows, state = rows[keep], state.select(keep)
+        codes[error <= self.tol] = Status.CONVERGED.code
+        near = (error > self.tol) & (error < 1e-5) & (codes == Status.MAX_STEPS.code)
+        codes[near] = Status.STALLED.code
+        return w, codes, error, steps
+
+
+def _certificate(state: interior.State, hit: Tensor, which: int) -> Tensor:
+    """(x, y, s - z) of the proof, of length one."""
+    x, y, v = state.x[hit], state.y[hit], state.s[hit] - state.z[hit]
+    if which == interior.INFEASIBLE:
+        x, v = torch.zeros_like(x), -state.z[hit]
+    else:
+        y, v = torch.zeros_like(y), state.s[hit]
+    w = torch.cat([x, y, v], 1)
+    return w / w.abs().amax(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+
+
+def solve(
+    program: Program,
+    solver: ConeSolver,
+    *,
+    on_failure: str = "raise",
+    order: int = 1,
+    start: Solution | None = None,
+) -> Solution:
+    """The Solution of a batch of programs, differentiable in all data.
+
+    See `ConeProgram.solve`.
+    """
+    if on_failure != "nan":
+        check_on_failure(on_failure)
+    refuse_transforms("A convex layer")
+    dtype = program.q.dtype
+    work = program.to(torch.float64)
+    plain = work.detached()
+    sick = ~plain.finite()
+    if bool(sick.any()):
+        plain = plain.tamed(sick)
+    guess = None if start is None else start.stats["point"].to(torch.float64)
+    if guess is not None and guess.shape != (program.batch, sum(program.sizes)):
+        raise ValueError(
+            f"start: got a solution of shape {tuple(guess.shape)}, expected "
+            f"{(program.batch, sum(program.sizes))}: one of the same batch and sizes."
+        )
+    with torch.no_grad():
+        w, codes, error, steps = solver.points(plain, guess)
+    if bool(sick.any()):
+        codes, error = codes.clone(), error.clone()
+        codes[sick] = Status.NONFINITE.code
+        error[sick] = torch.inf
+    failed = codes != Status.CONVERGED.code
+    proved = (codes == Status.INFEASIBLE.code) | (codes == Status.UNBOUNDED.code)
+    certificate = torch.where(proved[:, None], w, torch.nan)
+    if bool(failed.any()):
+        work = work.tamed(failed)
+        plain = work.detached()
+        w = torch.where(failed[:, None], plain.trivial(), w)
+    inverse = _Inverse(plain, w, failed)
+    point = attach_root(work.residual, w, inverse, order)
+    if bool(failed.any()):
+        point = point + torch.where(failed, torch.nan, 0.0)[:, None].to(point.dtype)
+    x, y, v = work.split(point)
+    s = work.cones.project(v)
+    objective = 0.5 * (x * work.quadratic(x)).sum(1) + (work.q * x).sum(1)
+    stats: dict[str, Any] = {
+        "solver": "interior point and Newton",
+        "objective": objective.to(dtype),
+        "equality_dual": y.to(dtype),
+        "dual": (s - v).to(dtype),
+        "slack": s.to(dtype),
+        "error": error,
+        "point": point.detach(),
+        "certificate": certificate,
+        "inverse": inverse,
+    }
+    solution = Solution(
+        value=x.to(dtype), codes=codes, residual=error / solver.tol, steps=steps, stats=stats
+    )
+    return solution if on_failure == "nan" else _checked(solution, on_failure, certificate)
+
+
+def _checked(solution: Solution, on_failure: str, certificate: Tensor) -> Solution:
+    """Infeasible and unbounded instances have an error of their own."""
+    impossible = (solution.codes == Status.INFEASIBLE.code) | (
+        solution.codes == Status.UNBOUNDED.code
+    )
+    if on_failure == "raise" and bool(impossible.any()):
+        bad = torch.nonzero(impossible).flatten()
+        parts = []
+        for status in (Status.INFEASIBLE, Status.UNBOUNDED):
+            some = torch.nonzero(solution.codes == status.code).flatten().tolist()
+            if some:
+                shown = ", ".join(map(str, some[:8])) + (", ..." if len(some) > 8 else "")
+                parts.append(f"{len(some)} {status.name.lower()} (index {shown})")
+        raise InfeasibleError(
+            f"Of {solution.codes.numel()} programs, {' and '.join(parts)}: `.certificate` has the "
+            "proof of each. on_failure='nan' gives NaN for these instances and leaves the others "
+            "alone.",
+            certificate=certificate[bad],
+            instances=bad,
+        )
+    return solution.check(on_failure)
+
+
+class _Inverse:
+    """J^-1 at a solution, factorised when it is first needed."""
+
+    def __init__(self, program: Program, w: Tensor, failed: Tensor):
+        self.program, self.w, self.failed = program, w, failed
+        self._kkt: KKT | None = None
+
+    @property
+    def kkt(self) -> KKT:
+        """J there."""
+        if self._kkt is None:
+            with torch.no_grad():
+                self._kkt = KKT(self.program, self.w.detach())
+        return self._kkt
+
+    def apply(self, b: Tensor, transposed: bool) -> Tensor:
+        """w with J w = b, or J'w = b."""
+        if not bool(self.failed.any()):
+            return self.kkt.solve(b, transposed)[0]
+        # What was not solved has no derivative: NaN where one is asked for.
+        rows = self.failed[:, None]
+        w, _ = self.kkt.solve(torch.where(rows, torch.zeros_like(b), b), transposed)
+        asked = rows & (b != 0).any(1, keepdim=True)
+        return torch.where(asked, torch.nan, w)
+
+
+def gradient_certificate(solution: Solution) -> dict[str, Tensor]:
+    """What is known of the derivative of each instance's solution.
+
+    Args:
+        solution: of `ConeProgram.solve` and its kind.
+
+    Returns:
+        `strict_complementarity`, the distance of s - z from where the projection onto the cone has
+        no derivative, relative to its size; `adjoint_residual`, the relative residual of a solve
+        with J' for a probe; `degenerate`, whether the first is below 1e-7 or the second above 1e-6:
+        the solution is then not differentiable, or not unique, and a gradient is one of several.
+    """
+    kkt = solution.stats["inverse"].kkt
+    with torch.no_grad():
+        probe = torch.randn(
+            kkt.v.shape[0], sum(kkt.program.sizes), dtype=kkt.v.dtype,
+            generator=torch.Generator().manual_seed(0),
+        ).to(kkt.v.device)  # fmt: skip
+        _, residual = kkt.solve(probe, True)
+        margin = kkt.margin()
+    return {
+        "strict_complementarity": margin,
+        "adjoint_residual": residual,
+        "degenerate": (margin < 1e-7) | (residual > 1e-6),
+    }

@@ -1,0 +1,517 @@
+"""Batched cone programs: right, honest, and differentiable to every order that is asked for."""
+
+import clarabel
+import numpy as np
+import pytest
+import scipy.sparse as sp
+import torch
+from torch.autograd import gradcheck, gradgradcheck
+
+from implicitdl import ConvergenceError
+from implicitdl.convex import (
+    ConeProgram,
+    Cones,
+    ConeSolver,
+    LinearProgram,
+    Projection,
+    QuadraticProgram,
+    gradient_certificate,
+    projections,
+)
+from implicitdl.convex.cones import Derivative, Scaling, divide, longest_step, multiply
+from implicitdl.solution import InfeasibleError, Status
+
+# torch itself compiles a helper of forward mode with the deprecated torch.jit.script.
+SCRIPT = pytest.mark.filterwarnings("ignore:.*torch.jit.script:DeprecationWarning")
+CONES = [Cones(4), Cones(0, (3,)), Cones(2, (1, 3, 3, 2)), Cones(3, (4, 2, 4))]
+cones = pytest.mark.parametrize("K", CONES, ids=str)
+
+
+def inside(K, batch, seed, depth=0.1):
+    """Points of K, `depth` from its boundary at least."""
+    x = torch.randn(batch, K.size, generator=torch.Generator().manual_seed(seed))
+    return x + (depth - K.depth(x)).clamp_min(0)[:, None] * K.unit(x)
+
+
+def quadratic(batch, n, m, p=0, seed=0):
+    """Feasible strictly convex programs, about half of their rows active."""
+    g = torch.Generator().manual_seed(seed)
+    L = torch.randn(batch, n, n, generator=g)
+    P = L @ L.mT / n + 0.1 * torch.eye(n)
+    G, A = torch.randn(batch, m, n, generator=g), torch.randn(batch, p, n, generator=g)
+    x = torch.randn(batch, n, 1, generator=g)
+    h = (G @ x)[..., 0] + torch.rand(batch, m, generator=g)
+    return P, 3 * torch.randn(batch, n, generator=g), G, h, A, (A @ x)[..., 0]
+
+
+def robust(batch, n=4, k=3, q=5, seed=0):
+    """min c'x over a_i'x + ||P_i x|| <= b_i and |x| <= 5."""
+    g = torch.Generator().manual_seed(seed)
+    c = torch.randn(batch, n, generator=g)
+    P = 0.15 * torch.randn(batch, k, q - 1, n, generator=g)
+    a = torch.randn(batch, k, 1, n, generator=g)
+    b = 1 + torch.rand(batch, k, 1, generator=g)
+    G = torch.cat([a, -P], 2).flatten(1, 2)
+    h = torch.cat([b, torch.zeros(batch, k, q - 1)], 2).flatten(1)
+    box = torch.cat([torch.eye(n), -torch.eye(n)]).expand(batch, -1, -1)
+    h = torch.cat([torch.full((batch, 2 * n), 5.0), h], 1)
+    return c, torch.cat([box, G], 1), h, Cones(2 * n, (q,) * k)
+
+
+def symmetric(P):
+    return 0.5 * (P + P.mT)
+
+
+# ---- cones -----------------------------------------------------------------------------------------
+
+
+@cones
+def test_projection_is_the_nearest_point(K):
+    v = 2 * torch.randn(50, K.size, generator=torch.Generator().manual_seed(1))
+    s = K.project(v)
+    z = s - v
+    assert K.depth(s).min() >= -1e-14 and K.depth(z).min() >= -1e-14  # Moreau: s in K, s - v in K*
+    assert (s * z).sum(1).abs().max() < 1e-13
+
+
+@cones
+def test_scaling_maps_both_to_one_point(K):
+    s, z, x = inside(K, 20, 2), inside(K, 20, 3), torch.randn(20, K.size)
+    W = Scaling(K, s, z)
+    torch.testing.assert_close(W.times(z), W.lam)
+    torch.testing.assert_close(W.solve(s), W.lam)
+    torch.testing.assert_close(W.solve(W.times(x)), x)
+    G = torch.randn(20, K.size, 3)
+    rows = torch.stack([W.solve(G[..., j]) for j in range(3)], -1)
+    torch.testing.assert_close(W.solve_rows(G, K.mirror_rows(G)), rows)
+    one, same = G[0], G[:1].expand(20, -1, -1)
+    torch.testing.assert_close(
+        W.solve_rows(one, K.mirror_rows(one)), W.solve_rows(same, K.mirror_rows(same))
+    )
+
+
+@cones
+def test_jordan_algebra(K):
+    lam, b = inside(K, 20, 4), torch.randn(20, K.size)
+    torch.testing.assert_close(multiply(K, lam, divide(K, lam, b)), b)
+    torch.testing.assert_close(multiply(K, K.unit(b).expand_as(b), b), b)
+
+
+@cones
+def test_longest_step_ends_on_the_boundary(K):
+    x, d = inside(K, 200, 5), torch.randn(200, K.size)
+    t = longest_step(K, x, d)
+    far = torch.isinf(t)
+    assert (K.depth(x[far] + 1e6 * d[far]) >= 0).all()
+    end = x[~far] + t[~far, None] * d[~far]
+    size = 1 + end.abs().amax(1)
+    assert (K.depth(end).abs() <= 1e-10 * size).all()
+    assert (K.depth(x[~far] + 0.999 * t[~far, None] * d[~far]) > 0).all()
+
+
+@SCRIPT
+@cones
+def test_derivative_of_the_projection(K):
+    v = torch.randn(30, K.size, generator=torch.Generator().manual_seed(6))
+    w = torch.randn(30, K.size)
+    D = Derivative(K, v)
+    _, exact = torch.func.jvp(K.project, (v,), (w,))
+    torch.testing.assert_close(D.function(lambda e: e, w), exact)
+    G = torch.randn(30, K.size, 2)
+    rows = torch.stack([D.function(torch.sqrt, G[..., j]) for j in range(2)], -1)
+    torch.testing.assert_close(D.function_rows(torch.sqrt, G), rows)
+
+
+@pytest.mark.parametrize("bad", [(-1, ()), (2, (0,)), (1.5, ()), (1, (2.0,))])
+def test_cones_refuse_what_is_no_size(bad):
+    with pytest.raises(ValueError, match="expected an integer"):
+        Cones(*bad)
+
+
+# ---- solutions -------------------------------------------------------------------------------------
+
+
+def reference(P, q, G, h, A, b, K):
+    """Clarabel's status and objective."""
+    kinds = [clarabel.ZeroConeT(len(b))] if len(b) else []
+    kinds += [clarabel.NonnegativeConeT(K.nonnegative)] if K.nonnegative else []
+    kinds += [clarabel.SecondOrderConeT(k) for k in K.second_order]
+    settings = clarabel.DefaultSettings()
+    settings.verbose = False
+    settings.tol_gap_abs = settings.tol_gap_rel = settings.tol_feas = 1e-10
+    rows = sp.csc_matrix(np.vstack([A, G]))
+    solver = clarabel.DefaultSolver(
+        sp.triu(sp.csc_matrix(P)).tocsc(), q, rows, np.concatenate([b, h]), kinds, settings
+    )
+    found = solver.solve()
+    return str(found.status).removeprefix("Almost"), found.obj_val
+
+
+STATUS = {
+    "Solved": Status.CONVERGED,
+    "PrimalInfeasible": Status.INFEASIBLE,
+    "DualInfeasible": Status.UNBOUNDED,
+}
+
+
+def zoo(rng):
+    """A random program: feasible or not, bounded or not, degenerate, with rows twice or empty."""
+    n, linear = int(rng.integers(1, 15)), int(rng.integers(0, 20))
+    K = Cones(linear, tuple(map(int, rng.integers(1, 7, size=rng.integers(0, 4)))))
+    p, M = int(rng.integers(0, max(1, n // 2))), K.size
+    kind = rng.choice(["bounded", "random", "degenerate", "twice"])
+    L = rng.normal(size=(n, int(rng.integers(0, n + 1))))
+    P = L @ L.T if rng.random() < 0.6 else np.zeros((n, n))
+    G, A, q = rng.normal(size=(M, n)), rng.normal(size=(p, n)), rng.normal(size=n)
+    if kind == "twice" and linear > 1:
+        G[1] = G[0]
+    if rng.random() < 0.3:
+        G, q = np.round(G), np.round(q)
+
+    def point():
+        return K.project(torch.from_numpy(rng.normal(size=(1, M))))[0].numpy()
+
+    x = rng.normal(size=n)
+    h, b = (
+        (rng.normal(size=M), rng.normal(size=p)) if kind == "random" else (G @ x + point(), A @ x)
+    )
+    if kind in ("bounded", "degenerate"):
+        q = -(P @ x + G.T @ point() + A.T @ rng.normal(size=p))
+    if kind == "degenerate":
+        h = G @ x
+    return P, q, G, h, A, b, K
+
+
+def test_zoo_agrees_with_clarabel():
+    rng, seen = np.random.default_rng(1), set()
+    for _ in range(250):
+        *data, K = zoo(rng)
+        status, objective = reference(*data, K)
+        if status not in STATUS:  # it does not know
+            continue
+        layer = ConeProgram(K, on_failure="nan")
+        found = layer.solve(*(torch.from_numpy(t)[None] for t in data))
+        assert found.statuses == [STATUS[status]], (status, found.stats["error"])
+        seen.add(status)
+        if found.converged.all():
+            gap = abs(found.stats["objective"].item() - objective)
+            assert gap <= 1e-6 * (1 + abs(objective))
+    assert seen == set(STATUS)
+
+
+def test_certificates_are_proofs():
+    rng, seen = np.random.default_rng(2), {Status.INFEASIBLE: 0, Status.UNBOUNDED: 0}
+    for _ in range(150):
+        *data, K = zoo(rng)
+        P, q, G, h, A, b = (torch.from_numpy(t) for t in data)
+        found = ConeProgram(K, on_failure="nan").solve(*(t[None] for t in (P, q, G, h, A, b)))
+        (status,) = found.statuses
+        if status not in seen:
+            assert found.stats["certificate"].isnan().all()
+            continue
+        seen[status] += 1
+        w = found.stats["certificate"][0]
+        x, y, v = w.split([len(q), len(b), len(h)])
+        if status is Status.INFEASIBLE:
+            z, weight = -v, -(b @ y - h @ v)
+            assert weight > 0 and K.depth(z) >= -1e-9
+            assert (A.T @ y + G.T @ z).abs().max() <= 1e-8 * weight
+        else:
+            fall = -(q @ x)
+            assert fall > 0 and K.depth(-(G @ x)) >= -1e-8 * fall
+            assert torch.cat([P @ x, A @ x]).abs().max() <= 1e-8 * fall
+    assert min(seen.values()) > 5
+
+
+@pytest.mark.parametrize("n, m, p", [(4, 5, 0), (20, 20, 3), (50, 70, 5)])
+def test_optimality_conditions_to_rounding(n, m, p):
+    P, q, G, h, A, b = quadratic(32, n, m, p)
+    found = QuadraticProgram().solve(P, q, G, h, A, b)
+    x, z, s, y = (found.value, *(found.stats[k] for k in ("dual", "slack", "equality_dual")))
+    assert (s >= 0).all() and (z >= 0).all() and (s * z).abs().max() == 0
+    stationary = (P @ x[..., None] + G.mT @ z[..., None] + A.mT @ y[..., None])[..., 0] + q
+    assert stationary.abs().max() < 1e-11
+    assert ((G @ x[..., None])[..., 0] + s - h).abs().max() < 1e-11
+    assert found.residual.max() < 1 and found.converged.all()
+
+
+def test_an_ill_instance_changes_no_other():
+    c = torch.ones(7, 2)
+    G = torch.cat([torch.eye(2), -torch.eye(2)])
+    h = torch.ones(7, 4)
+    h[1, 1], h[1, 3] = 1.0, -2.0  # 2 <= x <= 1
+    h[2] = torch.nan
+    c[3] = torch.inf
+    well = [0, 4, 5, 6]
+    layer = LinearProgram(on_failure="nan")
+    c.requires_grad_()
+    found = layer.solve(c, G, h)
+    assert [s.name for s in found.statuses[:4]] == [
+        "CONVERGED",
+        "INFEASIBLE",
+        "NONFINITE",
+        "NONFINITE",
+    ]
+    alone = LinearProgram()(c[well], G, h[well])
+    torch.testing.assert_close(found.value[well], alone, rtol=0, atol=1e-12)
+    assert found.value[[1, 2, 3]].isnan().all()
+    found.value[well].sum().backward()
+    assert torch.isfinite(c.grad).all()  # nothing was asked of the others
+
+
+def test_a_gradient_asked_of_a_failed_instance_is_nan():
+    G, h = torch.cat([torch.eye(2), -torch.eye(2)]), torch.ones(2, 4)
+    h[1, 2] = -2.0
+    c = torch.ones(2, 2, requires_grad=True)
+    LinearProgram(on_failure="nan", smoothing=0.1)(c, G, h).sum().backward()
+    assert torch.isfinite(c.grad[0]).all() and c.grad[1].isnan().all()
+
+
+def test_failures_raise_by_default_and_name_instances():
+    G, h = torch.cat([torch.eye(2), -torch.eye(2)]), torch.ones(3, 4)
+    h[1, 2] = -2.0
+    with pytest.raises(InfeasibleError, match=r"1 infeasible \(index 1\)") as caught:
+        LinearProgram()(torch.ones(3, 2), G, h)
+    assert caught.value.instances.tolist() == [1] and caught.value.certificate.shape == (1, 6)
+    with pytest.raises(InfeasibleError, match=r"3 unbounded"):
+        LinearProgram()(torch.ones(3, 2), torch.eye(2), torch.ones(2))
+    P, q, G, h, _, _ = quadratic(3, 6, 6)
+    with pytest.raises(ConvergenceError, match="3 of 3"):
+        QuadraticProgram(solver=ConeSolver(max_steps=1))(P, q, G, h)
+
+
+def test_float32_in_and_out():
+    data = [t.float() for t in quadratic(8, 10, 10, 2)]
+    found = QuadraticProgram().solve(*data)
+    assert found.value.dtype == torch.float32
+    exact = QuadraticProgram()(*(t.double() for t in data))
+    torch.testing.assert_close(found.value, exact.float(), rtol=1e-6, atol=1e-6)
+
+
+def test_shared_data_and_single_programs():
+    P, q, G, h, A, b = quadratic(6, 5, 6, 2)
+    shared = QuadraticProgram()(P[0], q, G[0], h, A[0], b[0].expand(6, -1))
+    apart = torch.stack([QuadraticProgram()(P[0], q[i], G[0], h[i], A[0], b[0]) for i in range(6)])
+    torch.testing.assert_close(shared, apart, rtol=1e-9, atol=1e-10)
+    Q = P[0].clone().requires_grad_()  # the gradient of what is shared is a sum over the batch
+    QuadraticProgram()(symmetric(Q), q, G[0], h).square().sum().backward()
+    whole = Q.grad
+    parts = torch.zeros_like(whole)
+    for i in range(6):
+        R = P[0].clone().requires_grad_()
+        QuadraticProgram()(symmetric(R), q[i], G[0], h[i]).square().sum().backward()
+        parts += R.grad
+    torch.testing.assert_close(whole, parts, rtol=1e-8, atol=1e-10)
+
+
+def test_start_from_a_nearby_solution_takes_newton_steps_alone():
+    P, q, G, h, _, _ = quadratic(32, 20, 20)
+    layer = QuadraticProgram()
+    before = layer.solve(P, q, G, h)
+    cold = layer.solve(P, 1.001 * q, G, h)
+    warm = layer.solve(P, 1.001 * q, G, h, start=before)
+    torch.testing.assert_close(warm.value, cold.value, rtol=1e-9, atol=1e-11)
+    assert (warm.steps <= 1).double().mean() > 0.9 and cold.steps.min() > 3
+    with pytest.raises(ValueError, match="start"):
+        layer.solve(P[:4], q[:4], G[:4], h[:4], start=before)
+
+
+# ---- derivatives -----------------------------------------------------------------------------------
+
+
+def loose(layer):
+    return lambda P, *rest: layer(symmetric(P), *rest)
+
+
+@SCRIPT
+def test_gradients_of_quadratic_programs():
+    data = [t.requires_grad_() for t in quadratic(2, 4, 4, 1)]
+    assert gradcheck(loose(QuadraticProgram()), data, atol=1e-6)
+    assert gradcheck(loose(QuadraticProgram()), [t.detach()[:2].requires_grad_() for t in data],
+                     check_forward_ad=True, check_backward_ad=False, atol=1e-6)  # fmt: skip
+
+
+def test_second_derivatives_of_quadratic_programs():
+    data = [t[:2].clone().requires_grad_() for t in quadratic(2, 3, 4, 1)]
+    assert gradgradcheck(loose(QuadraticProgram(order=2)), data, atol=1e-5)
+    x = loose(QuadraticProgram())(*data)
+    (g,) = torch.autograd.grad(x.square().sum(), data[1], create_graph=True)
+    with pytest.raises(RuntimeError, match="order"):
+        torch.autograd.grad(g.sum(), data[1])
+
+
+def test_gradients_of_second_order_cone_programs():
+    c, G, h, K = robust(2, n=3, k=2, q=3)
+    data = [t.clone().requires_grad_() for t in (c, G, h)]
+    layer = ConeProgram(K)
+    assert gradcheck(lambda c, G, h: layer(None, c, G, h), data, atol=1e-5)
+    data = [t[:1].detach().clone().requires_grad_() for t in data]
+    layer = ConeProgram(K, order=2)
+    assert gradgradcheck(lambda c, G, h: layer(None, c, G, h), data, atol=1e-4)
+
+
+def test_duals_and_objective_have_gradients():
+    P, q, G, h, A, b = quadratic(3, 4, 5, 1)
+    h.requires_grad_()
+    found = QuadraticProgram().solve(P, q, G, h, A, b)
+    (g,) = torch.autograd.grad(found.stats["objective"].sum(), h, retain_graph=True)
+    torch.testing.assert_close(g, -found.stats["dual"].detach())  # the envelope theorem
+    assert torch.autograd.grad(found.stats["dual"].sum(), h)[0].abs().max() > 0
+
+
+def test_the_size_of_the_loss_is_no_matter():
+    P, q, G, h, _, _ = quadratic(4, 6, 6)
+    q.requires_grad_()
+    x = QuadraticProgram()(P, q, G, h)
+    (g,) = torch.autograd.grad(x.sum(), q, retain_graph=True)
+    (small,) = torch.autograd.grad(1e-8 * x.sum(), q)
+    torch.testing.assert_close(small * 1e8, g, rtol=1e-12, atol=0)
+
+
+def test_gradient_certificate_flags_degenerate_solutions():
+    P, q, G, h, _, _ = quadratic(8, 6, 6)
+    sound = gradient_certificate(QuadraticProgram().solve(P, q, G, h))
+    assert not sound["degenerate"].any() and (sound["adjoint_residual"] < 1e-10).all()
+    # min (x - 1)^2 / 2 over x <= 1: the constraint holds with equality and has no force.
+    x = QuadraticProgram().solve(torch.eye(1), -torch.ones(1, 1), torch.eye(1), torch.ones(1))
+    assert gradient_certificate(x)["degenerate"].all()
+
+
+def test_smoothing_of_linear_programs():
+    c = torch.tensor([[0.3, -0.2, 0.1]], requires_grad=True)
+    G, h = -torch.eye(3), torch.zeros(3)
+    A, b = torch.ones(1, 3), torch.ones(1)
+    vertex = LinearProgram()(c, G, h, A, b)
+    torch.testing.assert_close(vertex.detach(), torch.tensor([[0.0, 1.0, 0.0]]))
+    assert torch.autograd.grad(vertex.sum(), c)[0].abs().max() < 1e-10
+    soft = LinearProgram(smoothing=0.5)
+    x = soft(c, G, h, A, b)  # sparsemax of -c / 0.5
+    assert (x > 0).sum() == 2
+    assert gradcheck(lambda c: soft(c, G, h, A, b), c, atol=1e-7)
+    with pytest.raises(ValueError, match="smoothing"):
+        LinearProgram(smoothing=-1.0)
+
+
+def test_transforms_are_refused_with_the_reason():
+    P, q, G, h, _, _ = quadratic(2, 3, 3)
+    with pytest.raises(RuntimeError, match=r"torch\.func"):
+        torch.func.vmap(lambda q: QuadraticProgram()(P[0], q, G[0], h[0]))(q)
+
+
+# ---- what does not fit -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "change, error, match",
+    [
+        ({"q": torch.ones(2, 4)}, ValueError, "n=4"),
+        ({"q": [1.0]}, TypeError, "q: got list"),
+        ({"q": torch.ones(2, 3, dtype=torch.long)}, TypeError, "floating"),
+        ({"G": None}, ValueError, "expected both or none"),
+        ({"h": torch.ones(2, 5)}, ValueError, "as many rows"),
+        ({"h": torch.ones(3, 4)}, ValueError, "one size"),
+        ({"P": torch.eye(3, dtype=torch.float32)}, ValueError, "float32"),
+        ({"P": torch.ones(2, 4, 3)}, ValueError, "P: got shape"),
+        ({"G": torch.ones(4)}, ValueError, "G: got shape"),
+    ],
+)
+def test_data_that_do_not_fit(change, error, match):
+    P, q, G, h, _, _ = quadratic(2, 3, 4)
+    data = {"P": P, "q": q, "G": G, "h": h} | change
+    with pytest.raises(error, match=match):
+        QuadraticProgram()(**data)
+
+
+def test_options_are_checked():
+    with pytest.raises(ValueError, match="tol"):
+        ConeSolver(tol=0.0)
+    with pytest.raises(ValueError, match="max_steps"):
+        ConeSolver(max_steps=0)
+    with pytest.raises(ValueError, match="order"):
+        QuadraticProgram(order=0)
+    with pytest.raises(ValueError, match="Did you mean 'return'"):
+        QuadraticProgram(on_failure="retrun")(*quadratic(1, 2, 2)[:4])
+    with pytest.raises(ValueError, match="expected 3"):
+        ConeProgram(Cones(0, (3,)))(None, torch.ones(1, 2), torch.ones(2, 2), torch.ones(2))
+
+
+def test_an_empty_batch_and_no_constraints():
+    P, q, G, h, _, _ = quadratic(2, 3, 4)
+    assert QuadraticProgram()(P[:0], q[:0], G[:0], h[:0]).shape == (0, 3)
+    torch.testing.assert_close(
+        QuadraticProgram()(P, q), -torch.linalg.solve(P, q[..., None])[..., 0]
+    )
+
+
+# ---- projections -----------------------------------------------------------------------------------
+
+
+def by_program(v, G, h, A=None, b=None):
+    return projections.polytope(v, G=G, h=h, A=A, b=b)
+
+
+EYE = torch.eye(6)
+ROW = torch.ones(1, 6)
+BOX = torch.cat([-EYE, EYE])
+
+
+@pytest.mark.parametrize("total, cap", [(1.0, 1.0), (2.5, 1.0), (3.0, 0.5), (2.0, 0.7), (6.0, 1.0)])
+def test_capped_simplex(total, cap):
+    v = 2 * torch.randn(100, 6, generator=torch.Generator().manual_seed(0))
+    h = torch.cat([torch.zeros(6), torch.full((6,), cap)])
+    found = projections.capped_simplex(v, total=total, cap=cap)
+    torch.testing.assert_close(
+        found, by_program(v, BOX, h, ROW, torch.tensor([total])), rtol=0, atol=1e-10
+    )
+    torch.testing.assert_close(found.sum(-1), torch.full((100,), total))
+    ties = projections.capped_simplex(torch.tensor([1.0, 1, 1, 0]), total=2.0)
+    torch.testing.assert_close(ties, torch.tensor([2.0, 2, 2, 0]) / 3)
+
+
+def test_simplex_box_and_balls():
+    v = 2 * torch.randn(50, 6, generator=torch.Generator().manual_seed(1))
+    exact = by_program(v, -EYE, torch.zeros(6), ROW, torch.tensor([2.0]))
+    torch.testing.assert_close(Projection("simplex", total=2.0)(v), exact, rtol=0, atol=1e-10)
+    low, high = -0.5 * torch.ones(6), torch.linspace(0, 1, 6)
+    exact = by_program(v, BOX, torch.cat([-low, high]))
+    torch.testing.assert_close(Projection("box", low=low, high=high)(v), exact, rtol=0, atol=1e-10)
+    for norm in (1, 2, "inf"):
+        x = Projection("ball", radius=0.8, center=0.1, norm=norm)(v)
+        order = torch.inf if norm == "inf" else norm
+        assert torch.linalg.vector_norm(x - 0.1, order, dim=-1).max() <= 0.8 + 1e-12
+        # The nearest point: <v - x, p - x> <= 0 for all p in the set.
+        p = Projection("ball", radius=0.8, center=0.1, norm=norm)(torch.randn(50, 6))
+        assert ((v - x)[:, None] * (p[None] - x[:, None])).sum(-1).max() < 1e-10
+    t = Projection("second-order-cone")(v)
+    torch.testing.assert_close(t, Cones(0, (6,)).project(v))
+
+
+@pytest.mark.parametrize(
+    "project",
+    [
+        Projection("simplex"),
+        Projection("capped-simplex", total=2.0, cap=0.7),
+        Projection("ball", radius=0.7, norm=1),
+        Projection("ball", radius=0.7),
+        Projection("second-order-cone"),
+        Projection("polytope", G=BOX, h=torch.ones(12), A=ROW, b=torch.tensor([2.0])),
+    ],
+    ids=repr,
+)
+def test_gradients_of_projections(project):
+    v = 2 * torch.randn(3, 6, generator=torch.Generator().manual_seed(2))
+    assert gradcheck(project, v.requires_grad_(), atol=1e-6)
+
+
+def test_projections_refuse():
+    v = torch.ones(3)
+    for call in (
+        lambda: Projection("simplexx"),
+        lambda: projections.simplex(v, total=-1.0),
+        lambda: projections.capped_simplex(v, total=4.0),
+        lambda: projections.ball(v, norm=3),
+        lambda: projections.ball(v, radius=0.0),
+        lambda: projections.box(v, low=1.0, high=0.0),
+    ):
+        with pytest.raises(ValueError, match="expected|Did you mean"):
+            call()
