@@ -5,23 +5,24 @@ The map, in reading order:
     ImplicitLayer, MonotoneLayer, EquilibriumLayer, ImplicitRNN     layers
     ImplicitModel, stack                                            the algebra
     to_implicit                                                     networks as implicit models
-    fixed_point, attach, Implicit, OneStep, Neumann, Unrolled       solves with gradients
-    solvers, activations, wellposed, convert, plot                  modules
+    fixed_point, attach, Implicit, OneStep                          solves with gradients
+    solvers, activations, wellposed, convert, convex, plot          modules
     Solution, Status, and the errors                                what comes back
 """
 
 import importlib
 from typing import Any
 
-from . import activations, convert, solvers, wellposed
+from . import activations, convert, convex, solvers, wellposed
 from .convert import to_implicit
-from .implicit import Implicit, Neumann, OneStep, Unrolled, attach, fixed_point
+from .implicit import Implicit, OneStep, attach, fixed_point
 from .layers import EquilibriumLayer, ImplicitLayer, ImplicitRNN, MonotoneLayer
 from .model import ImplicitModel, stack
 from .solution import (
     ConvergenceError,
     ConversionError,
     ImplicitDLError,
+    InfeasibleError,
     NotWellPosedError,
     Solution,
     Status,
@@ -38,16 +39,16 @@ __all__ = [
     "ImplicitLayer",
     "ImplicitModel",
     "ImplicitRNN",
+    "InfeasibleError",
     "MonotoneLayer",
-    "Neumann",
     "NotWellPosedError",
     "OneStep",
     "Solution",
     "Status",
-    "Unrolled",
     "activations",
     "attach",
     "convert",
+    "convex",
     "fixed_point",
     "plot",
     "solvers",

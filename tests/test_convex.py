@@ -331,6 +331,18 @@ def test_gradients_of_quadratic_programs():
                      check_forward_ad=True, check_backward_ad=False, atol=1e-6)  # fmt: skip
 
 
+def test_only_the_symmetric_part_of_the_objective_counts():
+    P, q, G, h, _, _ = quadratic(2, 4, 4)
+    skew = torch.randn(2, 4, 4)
+    torch.testing.assert_close(
+        QuadraticProgram()(P + skew - skew.mT, q, G, h), QuadraticProgram()(P, q, G, h)
+    )
+    P.requires_grad_()
+    (g,) = torch.autograd.grad(QuadraticProgram()(P, q, G, h).sum(), P)
+    torch.testing.assert_close(g, g.mT)
+    assert gradcheck(lambda P: QuadraticProgram()(P, q, G, h), P, atol=1e-6)
+
+
 def test_second_derivatives_of_quadratic_programs():
     data = [t[:2].clone().requires_grad_() for t in quadratic(2, 3, 4, 1)]
     assert gradgradcheck(loose(QuadraticProgram(order=2)), data, atol=1e-5)

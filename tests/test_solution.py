@@ -24,7 +24,9 @@ GOOD, LIMIT, NAN = Status.CONVERGED, Status.MAX_STEPS, Status.NONFINITE
 
 def test_statuses_go_from_best_to_worst():
     assert [s.code for s in Status] == list(range(len(Status)))
-    assert list(Status) == [GOOD, Status.STALLED, LIMIT, Status.DIVERGED, NAN]
+    assert list(Status) == [
+        GOOD, Status.STALLED, LIMIT, Status.DIVERGED, Status.INFEASIBLE, Status.UNBOUNDED, NAN,
+    ]  # fmt: skip
 
 
 def test_what_is_derived_from_the_codes():

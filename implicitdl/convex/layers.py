@@ -64,7 +64,8 @@ class ConeProgram(nn.Module):
         """The solution x.  # (batch, n), or (n,) where no datum has a batch dimension
 
         Args:
-            P: symmetric, positive semidefinite; None for zero.  # (n, n) or (batch, n, n)
+            P: positive semidefinite; its symmetric part is taken; None for zero.  # (n, n) or
+                (batch, n, n)
             q: # (n,) or (batch, n)
             G, h: # (M, n) or (batch, M, n); (M,) or (batch, M)
             A, b: # (p, n) or (batch, p, n); (p,) or (batch, p)
@@ -241,6 +242,8 @@ def accept(
     def matrix(t: Tensor | None) -> Tensor | None:
         return t[0] if t is not None and t.dim() == 3 and t.shape[0] == 1 != batch else t
 
+    if P is not None:  # x'P x is that of the symmetric part, and so are its gradients
+        P = 0.5 * (P + P.mT)
     program = Program(matrix(P), rows(q), matrix(G), rows(h), matrix(A), rows(b), cones)  # type: ignore[arg-type]
     return program, not batches
 
