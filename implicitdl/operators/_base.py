@@ -168,16 +168,6 @@ class Operator(abc.ABC):
         """A module of torch that computes M x + bias with parameters of its own, if there is one."""
         return None
 
-    def __matmul__(self, other: "Operator") -> "Operator":
-        """The operator x -> self(other(x)).
-
-        Raises:
-            ValueError: the shapes between them differ.
-        """
-        from .composed import product
-
-        return product(self, other) if isinstance(other, Operator) else NotImplemented
-
     def __repr__(self) -> str:
         return f"{self.label} {_shape(self.in_shape)} -> {_shape(self.out_shape)}"
 
