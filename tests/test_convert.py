@@ -3,6 +3,7 @@
 
 import collections
 import copy
+import json
 import math
 import pickle
 import re
@@ -27,6 +28,8 @@ from networks import (
     vgg,
 )
 from problems import randn
+from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -2047,3 +2050,74 @@ def test_a_mask_keeps_what_it_freezes():
     with torch.no_grad():
         layer.W += 100.0
     assert torch.equal(layer.A[~mask], before[~mask]) and layer.A[0, 5] == before[0, 5] + 100
+
+
+# ---- files -----------------------------------------------------------------------------------------
+
+
+def saved(net, u, path):
+    model = to_implicit(net, u)
+    model.save(path)
+    return model
+
+
+def test_files_hold_structure_and_tensors(tmp_path):
+    path = tmp_path / "model.safetensors"
+    loops = nn.Sequential(
+        nn.Linear(4, 6), nn.Tanh(), ImplicitLayer(6, 3, 5), MonotoneLayer(3, 2, 4)
+    )
+    for net, u in ((ResNet(4, 1), randn(2, 3, 32, 32)), (UNet(), randn(2, 2, 8, 8)),
+                   (loops, randn(2, 4))):  # fmt: skip
+        net = randomised(net)
+        model = saved(net, u, path)
+        again = ImplicitModel.load(path)
+        close(again(u), model(u), 1e-12)
+        assert str(again) == str(model)
+        assert [b.equation for b in again.structure.blocks] == [
+            b.equation for b in model.structure.blocks
+        ]
+        for p in net.parameters():
+            p.data.zero_()
+        assert not torch.equal(again(u), model(u))  # the file's tensors are its own
+
+
+def tampered(path, change):
+    """The file with its header changed."""
+    with safe_open(path, framework="pt") as file:
+        header = json.loads(file.metadata()["implicitdl.ImplicitModel"])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    change(header["structure"], tensors)
+    text = json.dumps(header)
+    save_file(tensors, path, metadata={"implicitdl.ImplicitModel": text})
+
+
+def a_term(structure):
+    return structure["blocks"][0]["row"]["terms"][0]
+
+
+@pytest.mark.parametrize("change", [
+    lambda s, t: a_term(s).__setitem__(0, 7),
+    lambda s, t: a_term(s).__setitem__(0, "u"),
+    lambda s, t: a_term(s).__setitem__(1, {"is": "Live", "read": "os.system"}),
+    lambda s, t: a_term(s).__setitem__(1, {"is": "Denser"}),
+    lambda s, t: a_term(s).__setitem__(1, 3.0),
+    lambda s, t: s["blocks"][0].__setitem__("shape", [5]),
+    lambda s, t: s["blocks"][0].__setitem__("shape", [-1]),
+    lambda s, t: s["blocks"][0]["phi"].__setitem__("name", "Shell"),
+    lambda s, t: s.__setitem__("blocks", []),
+    lambda s, t: s.__setitem__("input_shape", "3"),
+    lambda s, t: s.__setitem__("output", None),
+    lambda s, t: s.pop("output"),
+    lambda s, t: t.pop("t0"),
+    lambda s, t: t.__setitem__("t1", torch.zeros(17)),
+    lambda s, t: t.__setitem__("t1", torch.zeros(4, dtype=torch.long)),
+    lambda s, t: t.__setitem__("t1", torch.zeros(4, dtype=torch.float32)),
+    lambda s, t: s["blocks"][0].__setitem__("equation", "{}"),
+    lambda s, t: s["blocks"][0].__setitem__("equation", "not JSON"),
+])  # fmt: skip
+def test_tampered_files_are_refused(tmp_path, change):
+    path = tmp_path / "model.safetensors"
+    saved(nn.Sequential(nn.Linear(3, 4), nn.Tanh(), nn.Linear(4, 2)), randn(2, 3), path)
+    tampered(path, change)
+    with pytest.raises(ValueError, match=r"model\.safetensors"):
+        ImplicitModel.load(path)

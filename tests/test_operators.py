@@ -191,7 +191,8 @@ def close(a: Tensor, b: Tensor, allowed: float = 1e-13) -> None:
 
 
 def test_every_member_and_method_is_tested():
-    assert {type(op).__name__ for op in EVERY} == set(REGISTRY)
+    own = {name for name, cls in REGISTRY.items() if cls.__module__.startswith("implicitdl.")}
+    assert {type(op).__name__ for op in EVERY} == own
     for table, cls in ((operators.fixed._GATHER, Gather), (operators.fixed._POOLING, Pooling)):
         assert {op.method for op in EVERY if type(op) is cls} == set(table)
 
