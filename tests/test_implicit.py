@@ -9,7 +9,7 @@ from problems import affine, monotone_matrix, rand, randn, row_sums
 from torch.autograd import forward_ad, gradcheck, gradgradcheck
 from torch.func import grad, hessian, jacfwd, jacrev, jvp, vjp, vmap
 
-from implicitdl import ConvergenceError, Implicit, Neumann, OneStep, Unrolled, attach, fixed_point
+from implicitdl import ConvergenceError, Implicit, OneStep, attach, fixed_point
 from implicitdl.activations import (
     ELU,
     Blocks,
@@ -21,7 +21,7 @@ from implicitdl.activations import (
     Softplus,
     Tanh,
 )
-from implicitdl.implicit import Adjoint, Equation, equilibrium, get_adjoint
+from implicitdl.implicit import Adjoint, Equation, Neumann, Unrolled, equilibrium, get_adjoint
 from implicitdl.maps import AffineMap
 from implicitdl.solvers import Anderson, Auto, Newton, Picard
 

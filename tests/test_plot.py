@@ -343,11 +343,24 @@ def single(op: operators.Operator) -> ImplicitModel:
         (operators.Pooling((4, 1), "mean", ((1,), False)), "pooling"),
         (operators.Identity((4,)), "identity"),
         (Doubling(), "other"),
-        (Doubling() @ operators.Dense(torch.ones(4, 4)), "dense"),
-        (operators.Gather((4,), "flip", (0,)) @ operators.Scale(torch.ones(4), (4,)), "scale"),
+        (operators.product(Doubling(), operators.Dense(torch.ones(4, 4))), "dense"),
+        (
+            operators.product(
+                operators.Gather((4,), "flip", (0,)), operators.Scale(torch.ones(4), (4,))
+            ),
+            "scale",
+        ),
         (operators.total(operators.Identity((4,)), operators.Dense(torch.ones(4, 4))), "dense"),
-        (operators.Dense(torch.ones(4, 4)) @ operators.Dense(torch.ones(4, 4)), "dense"),
-        (operators.Dense(torch.ones(4, 4)) @ operators.LowRank(*torch.ones(2, 4, 1)), "dense"),
+        (
+            operators.product(operators.Dense(torch.ones(4, 4)), operators.Dense(torch.ones(4, 4))),
+            "dense",
+        ),
+        (
+            operators.product(
+                operators.Dense(torch.ones(4, 4)), operators.LowRank(*torch.ones(2, 4, 1))
+            ),
+            "dense",
+        ),
         (operators.Zero((4,), (4,)), None),
     ],
 )
@@ -361,7 +374,7 @@ def test_blocks_name_the_main_part_where_the_whole_is_long() -> None:
     dense = operators.Dense(torch.ones(4, 4))
     (short,), (long,) = (
         plot.blocks(single(op)).axes
-        for op in (flip @ dense, operators.product(*[flip] * 20, dense))
+        for op in (operators.product(flip, dense), operators.product(*[flip] * 20, dense))
     )
     assert "flip of\ndense" in [text.get_text() for text in short.texts]
     assert "dense" in [text.get_text() for text in long.texts]
