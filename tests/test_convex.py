@@ -18,7 +18,8 @@ from implicitdl.convex import (
     gradient_certificate,
     projections,
 )
-from implicitdl.convex.cones import Derivative, Scaling, divide, longest_step, multiply
+from implicitdl.convex.cones import derivative, divide, longest_step, multiply, scaling
+from implicitdl.convex.program import Rows
 from implicitdl.solution import InfeasibleError, Status
 
 # torch itself compiles a helper of forward mode with the deprecated torch.jit.script.
@@ -74,20 +75,44 @@ def test_projection_is_the_nearest_point(K):
     assert (s * z).sum(1).abs().max() < 1e-13
 
 
+def inverted(W):
+    return W.mapped(torch.reciprocal)
+
+
+def matrix(F):
+    """F written out.  # (batch, size, size)"""
+    eye = torch.eye(F.cones.size, dtype=F.line.dtype)
+    return torch.stack([F(e.expand(F.line.shape[0], -1)) for e in eye], -1)
+
+
 @cones
 def test_scaling_maps_both_to_one_point(K):
     s, z, x = inside(K, 20, 2), inside(K, 20, 3), torch.randn(20, K.size)
-    W = Scaling(K, s, z)
-    torch.testing.assert_close(W.times(z), W.lam)
-    torch.testing.assert_close(W.solve(s), W.lam)
-    torch.testing.assert_close(W.solve(W.times(x)), x)
-    G = torch.randn(20, K.size, 3)
-    rows = torch.stack([W.solve(G[..., j]) for j in range(3)], -1)
-    torch.testing.assert_close(W.solve_rows(G, K.mirror_rows(G)), rows)
-    one, same = G[0], G[:1].expand(20, -1, -1)
-    torch.testing.assert_close(
-        W.solve_rows(one, K.mirror_rows(one)), W.solve_rows(same, K.mirror_rows(same))
-    )
+    W = scaling(K, s, z)
+    torch.testing.assert_close(W(z), inverted(W)(s))
+    torch.testing.assert_close(inverted(W)(W(x)), x)
+    # W maps K onto itself, and is symmetric and positive definite.
+    assert K.depth(W(inside(K, 20, 8, 0.0))).min() > -1e-12
+    full = matrix(W)
+    torch.testing.assert_close(full, full.mT)
+    assert torch.linalg.eigvalsh(full).min() > 0
+    torch.testing.assert_close(W(torch.stack([x, s], 1)), torch.stack([W(x), W(s)], 1))
+
+
+@cones
+def test_normal_matrices(K):
+    F = scaling(K, inside(K, 20, 2), inside(K, 20, 3)).mapped(lambda e: e**-2)
+    for n in (3, 40):  # with the Gram matrices of the cones, and without
+        G = torch.randn(20, K.size, n)
+        torch.testing.assert_close(Rows(G, K).normal(F), G.mT @ matrix(F) @ G)
+        torch.testing.assert_close(Rows(G[0], K).normal(F), G[0].mT @ matrix(F) @ G[0])
+        some = torch.tensor([3, 7])
+        rows = Rows(G, K)
+        rows.normal(F)
+        torch.testing.assert_close(rows.select(some).normal(F.select(some)), rows.normal(F)[some])
+        x, z = torch.randn(20, n), torch.randn(20, K.size)
+        torch.testing.assert_close(rows.times(x), (G @ x[..., None])[..., 0])
+        torch.testing.assert_close(rows.back(z), (G.mT @ z[..., None])[..., 0])
 
 
 @cones
@@ -114,12 +139,9 @@ def test_longest_step_ends_on_the_boundary(K):
 def test_derivative_of_the_projection(K):
     v = torch.randn(30, K.size, generator=torch.Generator().manual_seed(6))
     w = torch.randn(30, K.size)
-    D = Derivative(K, v)
+    D = derivative(K, v)
     _, exact = torch.func.jvp(K.project, (v,), (w,))
-    torch.testing.assert_close(D.function(lambda e: e, w), exact)
-    G = torch.randn(30, K.size, 2)
-    rows = torch.stack([D.function(torch.sqrt, G[..., j]) for j in range(2)], -1)
-    torch.testing.assert_close(D.function_rows(torch.sqrt, G), rows)
+    torch.testing.assert_close(D(w), exact)
 
 
 @pytest.mark.parametrize("bad", [(-1, ()), (2, (0,)), (1.5, ()), (1, (2.0,))])

@@ -89,14 +89,6 @@ class Cones:
             blocks.append(e)
         return self.joined(like.new_ones(self.nonnegative), blocks)
 
-    def mirror_rows(self, G: Tensor) -> Tensor:
-        """J G, the rows of second-order cones but for their first with the other sign."""
-        if not self.groups:
-            return G
-        sign = G.new_full((self.size, 1), -1.0)
-        sign[self.unit(G[..., 0]).bool()] = 1.0
-        return sign * G
-
     def depth(self, x: Tensor) -> Tensor:
         """The smallest eigenvalue: x is in K where it is >= 0.  # (..., size) -> (...)"""
         parts = [x.new_full(x.shape[:-1], torch.inf)]
@@ -148,161 +140,114 @@ def _determinant(u: Tensor) -> Tensor:
 
 
 def longest_step(K: Cones, x: Tensor, d: Tensor) -> Tensor:
-    """The largest t with x + t d in K, x inside; inf where there is none.  # (batch,)"""
-    inf = x.new_full((), torch.inf)
-    out = x.new_full(x.shape[:-1], torch.inf)
+    """The largest t with x + t d in K, x inside; inf where there is none.  # (..., size) -> (...)"""
+    # 1 / t is max(0, -d / x) on a half-line, max(0, ||r_1|| - r_0) on a second-order cone, with r
+    # the image of d under the hyperbolic rotation that takes x to (1, 0): Vandenberghe (2010), 8.3.
+    parts = [d.new_zeros(d.shape[:-1])]
     if K.nonnegative:
-        a, b = K.linear(x), K.linear(d)
-        out = torch.where(b < 0, -a / b, inf).amin(-1)
+        parts.append(-(K.linear(d) / K.linear(x)).amin(-1))
     for u, v in zip(K.blocks(x), K.blocks(d), strict=True):
-        # det(x + t d) = c + 2 b t + a t^2 with c > 0: the smaller positive root.
-        apex = torch.where(v[..., 0] < 0, -u[..., 0] / v[..., 0], inf)
-        out = torch.minimum(out, apex.amin(-1))
-        if u.shape[-1] == 1:  # a half-line, whose determinant is a square
-            continue
-        a = v[..., 0] ** 2 - (v[..., 1:] ** 2).sum(-1)
-        b = u[..., 0] * v[..., 0] - (u[..., 1:] * v[..., 1:]).sum(-1)
-        c = _determinant(u)
-        disc, low = b * b - a * c, -b + (b * b - a * c).clamp_min(0).sqrt()
-        root = torch.where((disc >= 0) & (low > 0), c / low, inf)
-        out = torch.minimum(out, root.amin(-1))
-    return out
+        root = _determinant(u).sqrt()
+        first = (u[..., 0] * v[..., 0] - (u[..., 1:] * v[..., 1:]).sum(-1)) / root
+        share = (v[..., 0] + first) / (u[..., 0] + root)
+        rest = torch.linalg.vector_norm(v[..., 1:] - share[..., None] * u[..., 1:], dim=-1)
+        parts.append(((rest - first) / root).amax(-1))
+    return 1 / functools.reduce(torch.maximum, parts)
 
 
-class Scaling:
-    """Nesterov and Todd's W, symmetric, with W z = W^-1 s = lam, at s and z inside K.
+@dataclass(frozen=True, eq=False)
+class Spectral:
+    """A symmetric map that is a number on each half-line and, on each second-order cone, has two
+    eigenvectors (1, u) / sqrt 2 and (1, -u) / sqrt 2 and one eigenvalue across them.
+
+    Nesterov and Todd's scaling is of this kind, and so is the derivative of the projection: what is
+    done with functions of the one is done with those of the other.
+
+    Attributes:
+        cones: K.
+        line: eigenvalues on the half-lines.  # (batch, l)
+        parts: of each run of second-order cones the eigenvectors (batch, count, 2, q), their
+            eigenvalues (batch, count, 2), and the one across (batch, count, 1).
+    """
+
+    cones: Cones
+    line: Tensor
+    parts: tuple[tuple[Tensor, Tensor, Tensor], ...]
+
+    def mapped(self, f: Callable[[Tensor], Tensor]) -> "Spectral":
+        """f of the map: the same eigenvectors, f of the eigenvalues."""
+        parts = tuple((e, f(pair), f(side)) for e, pair, side in self.parts)
+        return Spectral(self.cones, f(self.line), parts)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        """The image of x.  # (batch, size) or (batch, k, size)"""
+        K, line, parts = self.cones, self.line, self.parts
+        if x.dim() == 3:
+            line = line[:, None]
+        blocks = []
+        for (e, pair, side), b in zip(parts, K.blocks(x), strict=True):
+            if x.dim() == 3:
+                e, pair, side = e[:, None], pair[:, None], side[:, None]
+            # As products and sums: for a few numbers each, matrix products would take longer.
+            along = (e * b[..., None, :]).sum(-1) * (pair - side)
+            blocks.append(side * b + (along[..., None] * e).sum(-2))
+        return K.joined(line * K.linear(x), blocks)
+
+    def select(self, index: Tensor) -> "Spectral":
+        """Some of the instances."""
+        parts = tuple((e[index], pair[index], side[index]) for e, pair, side in self.parts)
+        return Spectral(self.cones, self.line[index], parts)
+
+
+def scaling(K: Cones, s: Tensor, z: Tensor) -> Spectral:
+    """Nesterov and Todd's W, with W z = W^-1 s, at s and z inside K.
+
+    On a second-order cone W = beta (2 w w' - J) with w'J w = 1: at w = (cosh t, u sinh t) it has the
+    eigenvalues beta e^(2t), beta e^(-2t) and, across, beta.
 
     Reference: Vandenberghe (2010), "The CVXOPT linear and quadratic cone program solvers", 4.
     """
-
-    def __init__(self, K: Cones, s: Tensor, z: Tensor):
-        self.K = K
-        tiny = torch.finfo(s.dtype).tiny
-        sl, zl = K.linear(s), K.linear(z)
-        self.w = (sl / zl).sqrt()
-        self.parts: list[tuple[Tensor, Tensor]] = []
-        lam = []
-        for a, b in zip(K.blocks(s), K.blocks(z), strict=True):
-            da, db = _determinant(a).clamp_min(tiny), _determinant(b).clamp_min(tiny)
-            u, v = a / da.sqrt()[..., None], b / db.sqrt()[..., None]
-            gamma = (0.5 * (1 + (u * v).sum(-1, keepdim=True))).sqrt()
-            w = (u + _mirrored(v)) / (2 * gamma)
-            w = torch.cat([w[..., :1] + 1, w[..., 1:]], -1) / (2 * (w[..., :1] + 1)).sqrt()
-            beta = (da / db).pow(0.25)[..., None]
-            self.parts.append((w, beta))
-            lam.append(_reflected(w, b) * beta)
-        self.lam = K.joined((sl * zl).sqrt(), lam)
-
-    def times(self, x: Tensor) -> Tensor:
-        """W x."""
-        blocks = [_reflected(w, b) * beta for (w, beta), b in self._with(x)]
-        return self.K.joined(self.w * self.K.linear(x), blocks)
-
-    def solve(self, x: Tensor) -> Tensor:
-        """W^-1 x."""
-        blocks = [_reflected(_mirrored(w), b) / beta for (w, beta), b in self._with(x)]
-        return self.K.joined(self.K.linear(x) / self.w, blocks)
-
-    def solve_rows(self, G: Tensor, mirrored: Tensor) -> Tensor:
-        """W^-1 G.
-
-        Args:
-            G: # (batch, size, n) or (size, n)
-            mirrored: `K.mirror_rows(G)`, which is the same at every W.
-
-        Returns:
-            # (batch, size, n)
-        """
-        K, n = self.K, G.shape[-1]
-        out = G.new_empty(self.w.shape[0], K.size, n)
-        torch.div(G[..., : K.nonnegative, :], self.w[..., None], out=out[:, : K.nonnegative])
-        for (w, beta), (start, count, q) in zip(self.parts, K.groups, strict=True):
-            rows = slice(start, start + count * q)
-            block = G[..., rows, :].unflatten(-2, (count, q))
-            m = _mirrored(w)
-            along = m[..., None, :] @ block  # (batch, count, 1, n)
-            # (2 m m' - J) G / beta
-            part = out[:, rows].unflatten(1, (count, q))
-            flip = mirrored[..., rows, :].unflatten(-2, (count, q))
-            torch.div(flip, -beta[..., None], out=part)
-            part.addcmul_((2 / beta)[..., None] * m[..., None], along)
-        return out
-
-    def _with(self, x: Tensor) -> Iterator[tuple[tuple[Tensor, Tensor], Tensor]]:
-        return zip(self.parts, self.K.blocks(x), strict=True)
+    tiny = torch.finfo(s.dtype).tiny
+    parts = []
+    for a, b in zip(K.blocks(s), K.blocks(z), strict=True):
+        da, db = _determinant(a).clamp_min(tiny), _determinant(b).clamp_min(tiny)
+        a, b = a / da.sqrt()[..., None], b / db.sqrt()[..., None]
+        # a + J b is along (cosh 2t, u sinh 2t).
+        head = a[..., :1] + b[..., :1]
+        tail = a[..., 1:] - b[..., 1:]
+        r = torch.linalg.vector_norm(tail, dim=-1, keepdim=True)
+        gamma = ((head - r) * (head + r)).clamp_min(tiny).sqrt()
+        beta = (da / db).pow(0.25)[..., None]
+        up = (head + r) / gamma  # e^(2t)
+        pair = beta * torch.cat([up, 1 / up], -1)
+        parts.append((_pair(tail, r), pair, beta))
+    return Spectral(K, (K.linear(s) / K.linear(z)).sqrt(), tuple(parts))
 
 
-def _mirrored(u: Tensor) -> Tensor:
-    """J u = (u_0, -u_1)."""
-    return torch.cat([u[..., :1], -u[..., 1:]], -1)
+def derivative(K: Cones, v: Tensor) -> Spectral:
+    """The derivative of the projection onto K at v.
 
-
-def _reflected(w: Tensor, x: Tensor) -> Tensor:
-    """(2 w w' - J) x."""
-    return 2 * w * (w * x).sum(-1, keepdim=True) - _mirrored(x)
-
-
-Function = Callable[[Tensor], Tensor]
-
-
-class Derivative:
-    """D, the derivative of the projection onto K at v, by its eigenspaces.
-
-    On R_+ it is 0 or 1. On a second-order cone it has eigenvalue `up` along (1, u) / sqrt 2, `down`
-    along (1, -u) / sqrt 2 and `side` across, u = v_1 / ||v_1||: all 1 inside, all 0 inside -K, else
-    1, 0 and (1 + v_0 / ||v_1||) / 2.
+    On R_+ it is 0 or 1. On a second-order cone, with u = v_1 / ||v_1||, it has eigenvalue 1 along
+    (1, u), 0 along (1, -u) and (1 + v_0 / ||v_1||) / 2 across, or all 1 inside K, all 0 inside -K.
 
     Reference: Malick, Sendov (2006); Brown, Zavala, Busseti, Moursi, Boyd (2019), section 3.
     """
+    tiny = torch.finfo(v.dtype).tiny
+    parts = []
+    for b in K.blocks(v):
+        t, r = b[..., :1], torch.linalg.vector_norm(b[..., 1:], dim=-1, keepdim=True)
+        above, below = (t >= r).to(v.dtype), (t <= -r).to(v.dtype)
+        side = (0.5 * (1 + t / r.clamp_min(tiny))).clamp(0.0, 1.0)
+        side = torch.maximum(above, side * (1 - below))
+        pair = torch.cat([1 - below * (1 - above), above], -1)
+        parts.append((_pair(b[..., 1:], r), pair, side))
+    return Spectral(K, (K.linear(v) > 0).to(v.dtype), tuple(parts))
 
-    def __init__(self, K: Cones, v: Tensor):
-        self.K = K
-        self.line = (K.linear(v) > 0).to(v.dtype)
-        self.parts: list[tuple[Tensor, Tensor]] = []  # u, (up, down, side)
-        for b in K.blocks(v):
-            r = torch.linalg.vector_norm(b[..., 1:], dim=-1, keepdim=True)
-            u = b[..., 1:] / r.clamp_min(torch.finfo(v.dtype).tiny)
-            u = torch.where(r > 0, u, torch.zeros_like(u))
-            inside, below = b[..., :1] >= r, b[..., :1] <= -r
-            one, zero = torch.ones_like(r), torch.zeros_like(r)
-            side = 0.5 * (1 + b[..., :1] / r.clamp_min(torch.finfo(v.dtype).tiny))
-            values = [
-                torch.where(inside, one, torch.where(below, zero, between))
-                for between in (one, zero, side)
-            ]
-            self.parts.append((u, torch.cat(values, -1)))
 
-    def values(self) -> Tensor:
-        """All eigenvalues, for how near they are to 0 or 1.  # (batch, ...)"""
-        return torch.cat([self.line, *(e.flatten(-2) for _, e in self.parts)], -1)
-
-    def function(self, f: Function, x: Tensor) -> Tensor:
-        """f(D) x.  # (batch, size)"""
-        blocks = []
-        for (u, e), b in zip(self.parts, self.K.blocks(x), strict=True):
-            c = f(e)
-            along = (u * b[..., 1:]).sum(-1, keepdim=True)
-            up, down = (
-                0.5 * c[..., :1] * (b[..., :1] + along),
-                0.5 * c[..., 1:2] * (b[..., :1] - along),
-            )
-            across = c[..., 2:] * (b[..., 1:] - along * u)
-            blocks.append(torch.cat([up + down, (up - down) * u + across], -1))
-        return self.K.joined(f(self.line) * self.K.linear(x), blocks)
-
-    def function_rows(self, f: Function, G: Tensor) -> Tensor:
-        """f(D) G.  # (batch, size, n) or (size, n) -> (batch, size, n)"""
-        K = self.K
-        out = [f(self.line)[..., None] * G[..., : K.nonnegative, :]]
-        for (u, e), (start, count, q) in zip(self.parts, K.groups, strict=True):
-            b = G[..., start : start + count * q, :].unflatten(-2, (count, q))
-            c = f(e)[..., None, :]  # (batch, count, 1, 3)
-            along = u[..., None, :] @ b[..., 1:, :]
-            up, down = (
-                0.5 * c[..., :1] * (b[..., :1, :] + along),
-                0.5 * c[..., 1:2] * (b[..., :1, :] - along),
-            )
-            across = c[..., 2:] * (b[..., 1:, :] - u[..., None] * along)
-            rows = torch.cat([up + down, u[..., None] * (up - down) + across], -2)
-            out.append(rows.flatten(-3, -2))
-        return torch.cat(out, -2) if len(out) > 1 else out[0]
+def _pair(tail: Tensor, r: Tensor) -> Tensor:
+    """(1, u) / sqrt 2 and (1, -u) / sqrt 2 with u along tail, of length r.  # (..., 2, q)"""
+    u = tail * (0.5**0.5 / r.clamp_min(torch.finfo(tail.dtype).tiny))
+    if tail.shape[-1]:  # any unit vector where the tail is zero
+        u[..., :1] += (0.5**0.5) * (r == 0)
+    head = torch.full_like(r, 0.5**0.5)
+    return torch.stack([torch.cat([head, u], -1), torch.cat([head, -u], -1)], -2)

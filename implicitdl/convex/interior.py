@@ -7,32 +7,34 @@
 
 has a solution with tau > 0, from which x / tau is optimal, or with kappa > 0, from which a proof
 follows that no x is feasible, or that the objective has no bound. Steps are Mehrotra's, in Nesterov
-and Todd's scaling; with W^-1 G = T the normal equations have P + T'T + A'A and its Schur complement
-in A, by Cholesky. An instance that is done no longer moves.
+and Todd's scaling W; the normal equations have P + G'W^-2 G + A'A and its Schur complement in A, by
+Cholesky. An instance that is done leaves the batch once a quarter of it is done.
 
 Reference: Goulart, Chen (2024), "Clarabel: an interior-point solver for conic programs with quadratic
 objectives"; Vandenberghe (2010).
 """
 
-from dataclasses import dataclass, fields
+import functools
 
 import torch
 from torch import Tensor
 
-from .cones import Scaling, divide, longest_step, multiply
-from .program import Program, product, transposed
+from .cones import divide, longest_step, multiply, scaling
+from .program import Program, cholesky_solve, size_of
 
 
-@dataclass
 class State:
-    """Where the embedding stands."""
+    """Where the embedding stands: x, y, z, s, tau and kappa, views of one tensor.
 
-    x: Tensor
-    y: Tensor
-    z: Tensor
-    s: Tensor
-    tau: Tensor  # (batch, 1)
-    kappa: Tensor
+    Args:
+        data: # (batch, n + p + 2 M + 2)
+        sizes: (n, p, M).
+    """
+
+    def __init__(self, data: Tensor, sizes: tuple[int, int, int]):
+        self.data, self.sizes = data, sizes
+        n, p, M = sizes
+        self.x, self.y, self.z, self.s, self.tau, self.kappa = data.split([n, p, M, M, 1, 1], 1)
 
     def point(self) -> Tensor:
         """(x, y, s - z) / tau, where the optimality conditions are looked at."""
@@ -40,14 +42,14 @@ class State:
 
     def select(self, index: Tensor) -> "State":
         """Some of the instances."""
-        return State(*(getattr(self, f.name)[index] for f in fields(self)))
+        return State(self.data[index], self.sizes)
 
 
 SOLVED, INFEASIBLE, UNBOUNDED, GOING, BROKEN = range(5)
 
 
 def solve(
-    program: Program, tol: float, proof: float, max_steps: int, v: State | None = None
+    program: Program, tol: float, proof: float, max_steps: int, start: State | None = None
 ) -> tuple[State, Tensor, Tensor]:
     """The state, the outcome of each instance, and its steps.
 
@@ -56,57 +58,56 @@ def solve(
         tol: of residuals and gap, relative, at which an instance is solved.
         proof: of the certificates that it cannot be.
         max_steps: most steps.
-        v: a state to go on from.
+        start: a state to go on from.
     """
-    batch, q = program.batch, program.q
-    outcome = torch.full((batch,), GOING, device=q.device)
-    steps = torch.zeros_like(outcome)
-    v = _start(program) if v is None else v
-    for _ in range(max_steps):
+    v = _start(program) if start is None else start
+    state, rows = State(v.data.clone(), v.sizes), torch.arange(program.batch, device=v.data.device)
+    outcome, steps = torch.full_like(rows, GOING), torch.zeros_like(rows)
+    r = Residuals(program, v)
+    now = _outcome(program, v, r, tol, proof)  # of the instances `rows`, which v consists of
+    for count in range(max_steps + 1):
+        going = now == GOING
+        left = int(going.sum())
+        if left <= 0.75 * rows.numel() or count == max_steps:
+            state.data[rows], outcome[rows] = v.data, now
+            if not left or count == max_steps:
+                break
+            keep = torch.nonzero(going).flatten()
+            v, program, rows = v.select(keep), program.select(keep), rows[keep]
+            r, now, going = Residuals(program, v), now[keep], going[keep]
+        steps[rows] += going
+        step, alpha = _direction(program, v, r)
+        # A step of NaN moves nothing.
+        ok = torch.isfinite(step.sum(1)) & torch.isfinite(alpha)
+        alpha = torch.where(ok & going, alpha, 0.0)[:, None]
+        v = State(torch.where(alpha > 0, v.data + alpha * step, v.data), v.sizes)
         r = Residuals(program, v)
-        now = _outcome(program, v, r, tol, proof)
-        outcome = torch.where(outcome == GOING, now, outcome)
-        going = outcome == GOING
-        if not bool(going.any()):
-            break
-        steps += going
-        step = _direction(program, v, r)
-        alpha = step.alpha * going
-        ok = torch.isfinite(alpha) & step.finite
-        outcome = torch.where(going & ~ok, BROKEN, outcome)
-        alpha = torch.where(ok, alpha, 0.0)[:, None]
-
-        v = _moved(v, step, alpha)
-    else:
-        now = _outcome(program, v, Residuals(program, v), tol, proof)
-        outcome = torch.where(outcome == GOING, now, outcome)
-    return v, outcome, steps
-
-
-def _moved(v: State, step: "Step", alpha: Tensor) -> State:
-    """v + alpha step, where alpha is not zero: a step of NaN moves nothing."""
-    names = [f.name for f in fields(v)]
-    pairs = [(getattr(v, name), getattr(step, name)) for name in names]
-    return State(*(torch.where(alpha > 0, a + alpha * d, a) for a, d in pairs))
+        new = _outcome(program, v, r, tol, proof)
+        now = torch.where(going, torch.where(ok, new, BROKEN), now)
+    return state, outcome, steps
 
 
 class Factor:
-    """K(x, y, z) = (t1, t2, t3) with K = [P A' G'; A 0 0; G 0 -W W], by Cholesky."""
+    """K(x, y, z) = (t1, t2, t3) with K = [P A' G'; A 0 0; G 0 -F^-1], by Cholesky.
 
-    def __init__(self, program: Program, T: Tensor):
-        self.program, self.T = program, T
-        A, P = program.A, program.P
-        H = T.mT @ T
-        if P is not None:
-            H = H + P
+    Args:
+        program: without a graph.
+        H: G'F G, which is written on.
+    """
+
+    def __init__(self, program: Program, H: Tensor):
+        self.program = program
         self.p = program.b.shape[1]
+        if program.P is not None:
+            H += program.P
         if self.p:
-            H = H + A.mT @ A
+            H += program.gram
         size = H.diagonal(dim1=-2, dim2=-1)
         eps = 4 * torch.finfo(H.dtype).eps
         size += eps * size.amax(-1, keepdim=True).clamp_min(1.0)
         self.L = torch.linalg.cholesky_ex(H)[0]
         if self.p:
+            A = program.A
             rows = A.mT.expand(H.shape[0], -1, -1) if A.dim() == 2 else A.mT
             self.Y = torch.linalg.solve_triangular(self.L, rows, upper=False)
             S = self.Y.mT @ self.Y
@@ -114,62 +115,62 @@ class Factor:
             d += eps * d.amax(-1, keepdim=True).clamp_min(1.0)
             self.LS = torch.linalg.cholesky_ex(S)[0]
 
-    def solve(self, t1: Tensor, t2: Tensor, t3: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x, y and W z for columns t1 (batch, n, k), t2 (batch, p, k), t3 = W^-1 (...)."""
-        rhs = t1 + self.T.mT @ t3
-        if self.p:
-            A = self.program.A
-            rhs = rhs + A.mT @ t2
-            f = torch.linalg.solve_triangular(self.L, rhs, upper=False)
-            y = torch.cholesky_solve(self.Y.mT @ f - t2, self.LS)
-            x = torch.linalg.solve_triangular(self.L.mT, f - self.Y @ y, upper=True)
-        else:
-            y = t2
-            x = torch.cholesky_solve(rhs, self.L)
-        return x, y, self.T @ x - t3
+    def solve(self, t1: Tensor, t2: Tensor, Ft3: Tensor) -> tuple[Tensor, Tensor]:
+        """x and y for rows t1 (batch, k, n), t2 (batch, k, p), F t3 (batch, k, M)."""
+        G, A = self.program.rows
+        rhs = t1 + G.back(Ft3)
+        if not self.p:
+            return cholesky_solve(self.L, rhs), t2
+        rhs = rhs + A.back(t2)
+        f = torch.linalg.solve_triangular(self.L, rhs.mT, upper=False)
+        y = cholesky_solve(self.LS, f.mT @ self.Y - t2)
+        x = torch.linalg.solve_triangular(self.L.mT, f - self.Y @ y.mT, upper=True).mT
+        return x, y
 
 
 def _start(program: Program) -> State:
     """x, y, z of the program with K a whole space and ||s||^2 / 2 added; s and z shifted into K."""
     K = program.cones
-    batch, (n, _, M) = program.batch, program.sizes
-    G = program.G if program.G.dim() == 3 else program.G.expand(batch, M, n)
-    factor = Factor(program, G)
-    x, y, z = factor.solve(-program.q[..., None], program.b[..., None], program.h[..., None])
-    x, y, z = x[..., 0], y[..., 0], z[..., 0]
+    batch, (n, p, M) = program.batch, program.sizes
+    G = program.rows[0]
+    H = G.M.mT @ G.M
+    H = H.expand(batch, n, n).clone() if H.dim() == 2 else H
+    h = program.h[:, None]
+    x, y = Factor(program, H).solve(-program.q[:, None], program.b[:, None], h)
+    z = (G.times(x) - h)[:, 0]
     e = K.unit(program.q)
 
     def inside(u: Tensor) -> Tensor:
         depth = K.depth(u)[:, None]
-        size = u.abs().amax(1, keepdim=True).clamp_min(1.0) if M else 1.0
+        size = size_of(u).clamp_min(1.0)[:, None]
         return torch.where(depth > 1e-3 * size, u, u + (1 + (-depth).clamp_min(0)) * e)
 
     one = program.q.new_ones(batch, 1)
-    return State(x, y, inside(z), inside(-z), one, one.clone())
+    return State(torch.cat([x[:, 0], y[:, 0], inside(z), inside(-z), one, one], 1), (n, p, M))
+
+
+def _dot(a: Tensor, b: Tensor) -> Tensor:
+    return torch.linalg.vecdot(a, b)[..., None]
 
 
 class Residuals:
     """The residuals of the embedding and the products that they consist of."""
 
     def __init__(self, program: Program, v: State):
-        self.Px = program.quadratic(v.x)
-        self.back = transposed(program.A, v.y) + transposed(program.G, v.z)  # A'y + G'z
-        self.Ax, self.Gx = product(program.A, v.x), product(program.G, v.x)
-        self.r1 = self.Px + self.back + program.q * v.tau
-        self.r2 = self.Ax - program.b * v.tau
-        self.r3 = self.Gx + v.s - program.h * v.tau
+        G, A = program.rows
+        self.Px, self.back = program.quadratic(v.x), G.back(v.z)
+        self.Gx = G.times(v.x)
+        self.linear, self.support = _dot(program.q, v.x), _dot(program.h, v.z)
+        self.Ax = self.r2 = v.y
+        if program.b.shape[1]:
+            self.back = self.back + A.back(v.y)  # A'y + G'z
+            self.Ax = A.times(v.x)
+            self.r2 = self.Ax - program.b * v.tau
+            self.support = self.support + _dot(program.b, v.y)
+        self.r1 = torch.addcmul(self.Px + self.back, program.q, v.tau)
+        self.r3 = torch.addcmul(self.Gx + v.s, program.h, v.tau, value=-1)
         self.xPx = _dot(v.x, self.Px)
-        self.linear = _dot(program.q, v.x)
-        self.support = _dot(program.b, v.y) + _dot(program.h, v.z)
         self.r4 = self.xPx / v.tau + self.linear + self.support + v.kappa
-
-
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    return (a * b).sum(1, keepdim=True)
-
-
-def _size(t: Tensor) -> Tensor:
-    return t.abs().amax(1) if t.shape[1] else t.new_zeros(t.shape[0])
 
 
 def quality(program: Program, v: State) -> Tensor:
@@ -179,99 +180,99 @@ def quality(program: Program, v: State) -> Tensor:
 
 def _quality(program: Program, v: State, r: Residuals) -> Tensor:
     t = v.tau[:, 0]
-    primal = torch.maximum(_size(r.r3), _size(r.r2)) / t
-    dual = _size(r.r1) / t
-    scale_p = 1 + torch.maximum(torch.maximum(_size(program.h), _size(program.b)),
-                                torch.maximum(_size(v.s), _size(v.x)) / t)  # fmt: skip
-    scale_d = 1 + torch.maximum(_size(program.q), torch.maximum(_size(r.Px), _size(v.z)) / t)
-    cost = (0.5 * r.xPx / v.tau**2 + r.linear / v.tau)[:, 0]
-    bound = (-0.5 * r.xPx / v.tau**2 - r.support / v.tau)[:, 0]
+    primal, scale_p = size_of(r.r3), torch.maximum(size_of(v.s), size_of(v.x)) / t
+    scale_p = torch.maximum(scale_p, size_of(program.h))
+    if program.b.shape[1]:
+        primal = torch.maximum(primal, size_of(r.r2))
+        scale_p = torch.maximum(scale_p, size_of(program.b))
+    scale_d = torch.maximum(size_of(r.Px), size_of(v.z)) / t
+    scale_d = torch.maximum(size_of(program.q), scale_d)
+    half = 0.5 * (r.xPx / v.tau)
+    cost = ((half + r.linear) / v.tau)[:, 0]
+    bound = -((half + r.support) / v.tau)[:, 0]
     gap = (cost - bound).abs() / (1 + torch.minimum(cost.abs(), bound.abs()))
-    return torch.maximum(torch.maximum(primal / scale_p, dual / scale_d), gap)
+    worst = torch.maximum(primal / (t * (1 + scale_p)), size_of(r.r1) / (t * (1 + scale_d)))
+    return torch.maximum(worst, gap)
 
 
 def _outcome(program: Program, v: State, r: Residuals, tol: float, proof: float) -> Tensor:
     """What each instance's state proves."""
     solved = _quality(program, v, r) < tol
+    out = torch.where(solved, SOLVED, GOING)
     # A certificate of infeasibility is scaled to h'z + b'y = -1, one of unboundedness to q'x = -1.
     # It is asked to be far better than the solution would be: kappa has taken over from tau.
-    late = (v.kappa > v.tau)[:, 0]
+    late = (v.kappa > v.tau)[:, 0] & ~solved
+    if not bool(late.any()):
+        return out
     down = -r.support[:, 0]
-    infeasible = late & (down > 0) & (_size(r.back) < proof * down)
+    infeasible = late & (down > 0) & (size_of(r.back) < proof * down)
     fall = -r.linear[:, 0]
-    ray = torch.maximum(_size(r.Px), torch.maximum(_size(r.Ax), _size(r.Gx + v.s)))
+    ray = torch.maximum(size_of(r.Px), size_of(r.Gx + v.s))
+    if program.b.shape[1]:
+        ray = torch.maximum(ray, size_of(r.Ax))
     unbounded = late & (fall > 0) & (ray < proof * fall)
-    out = torch.full_like(solved, GOING, dtype=torch.long)
     out = torch.where(unbounded, UNBOUNDED, out)
-    out = torch.where(infeasible, INFEASIBLE, out)
-    return torch.where(solved, SOLVED, out)
+    return torch.where(infeasible, INFEASIBLE, out)
 
 
-@dataclass
-class Step:
-    """A direction and how far to go."""
-
-    x: Tensor
-    y: Tensor
-    z: Tensor
-    s: Tensor
-    tau: Tensor
-    kappa: Tensor
-    alpha: Tensor
-    finite: Tensor
-
-
-def _direction(program: Program, v: State, r: Residuals) -> Step:
-    """Mehrotra's step: an affine one tells how much to centre, and its second-order term."""
-    K = program.cones
-    r1, r2, r3, r4, Px, xPx = r.r1, r.r2, r.r3, r.r4, r.Px, r.xPx
-    tau, kappa = v.tau, v.kappa
-    W = Scaling(K, v.s, v.z)
-    lam = W.lam
-    factor = Factor(program, W.solve_rows(program.G, program.mirrored))
+def _direction(program: Program, v: State, r: Residuals) -> tuple[Tensor, Tensor]:
+    """Mehrotra's step, as `State.data`, and how much of it to take: an affine step tells how much to
+    centre, and its second-order term."""
+    K, G = program.cones, program.rows[0]
+    tau, kappa, p = v.tau, v.kappa, program.b.shape[1]
+    W = scaling(K, v.s, v.z)
+    inverse, F = W.mapped(torch.reciprocal), W.mapped(lambda e: e**-2)
+    lam = W(v.z)
+    factor = Factor(program, G.normal(F))
     mu = (_dot(v.s, v.z) + tau * kappa) / (K.degree + 1)
-    # Columns: what tau moves, and the affine step, whose cone part is -lam o lam.
-    g3 = W.solve(program.h)
-    slope = 2 * Px / tau + program.q
+    slope = torch.addcmul(program.q, r.Px, 2 / tau)
+    # Right-hand sides: what tau moves, and the affine step, whose cone part is -lam o lam.
+    top = torch.stack([-program.q, -r.r1], 1)
+    middle = torch.stack([program.b, -r.r2], 1)
+    scaled = inverse(torch.stack([program.h, r.r3], 1))
+    g3 = torch.stack([scaled[:, 0], lam - scaled[:, 1]], 1)
+    X, Y = factor.solve(top, middle, inverse(g3))
+    Z = inverse(G.times(X)) - g3  # W z
 
     def gain(x: Tensor, y: Tensor, wz: Tensor) -> Tensor:
-        return _dot(slope, x) + _dot(program.b, y) + _dot(g3, wz)
+        out = _dot(slope, x) + _dot(scaled[:, 0], wz)
+        return out + _dot(program.b, y) if p else out
 
-    scaled = W.solve(r3)
-    t1 = torch.stack([-program.q, -r1], 2)
-    t2 = torch.stack([program.b, -r2], 2)
-    t3 = torch.stack([g3, lam - scaled], 2)
-    X, Y, Z = factor.solve(t1, t2, t3)
-    c = X[..., 0], Y[..., 0], Z[..., 0]
-    below = gain(*c) - xPx / tau**2 - kappa / tau
+    def finish(
+        x: Tensor, y: Tensor, wz: Tensor, u: Tensor, keep: Tensor | float, rk: Tensor
+    ) -> tuple[Tensor, ...]:
+        dtau = (-keep * r.r4 - rk / tau - gain(x, y, wz)) / below
+        dx = torch.addcmul(x, X[:, 0], dtau)
+        dy = torch.addcmul(y, Y[:, 0], dtau) if p else y
+        wdz = torch.addcmul(wz, Z[:, 0], dtau)
+        return dx, dy, wdz, u - wdz, dtau, (rk - kappa * dtau) / tau
 
-    def finish(a: tuple[Tensor, ...], u: Tensor, keep: Tensor, rk: Tensor) -> tuple[Tensor, ...]:
-        dtau = (-keep * r4 - rk / tau - gain(*a)) / below
-        dx, dy, wdz = (m + dtau * k for m, k in zip(a, c, strict=True))
-        wds = u - wdz  # W^-1 ds
-        return dx, dy, wdz, wds, dtau, (rk - kappa * dtau) / tau
-
-    one = torch.ones_like(tau)
-    affine = finish((X[..., 1], Y[..., 1], Z[..., 1]), -lam, one, -tau * kappa)
-
-    def reach(wdz: Tensor, wds: Tensor, dtau: Tensor, dkappa: Tensor) -> Tensor:
-        t = torch.minimum(longest_step(K, lam, wdz), longest_step(K, lam, wds))
-        for a, d in ((tau, dtau), (kappa, dkappa)):
-            t = torch.minimum(t, torch.where(d < 0, -a / d, torch.inf)[:, 0])
-        return t
-
-    alpha = reach(*affine[2:]).clamp(max=1.0)[:, None]
+    below = gain(X[:, 0], Y[:, 0], Z[:, 0]) - r.xPx / tau**2 - kappa / tau
+    _, _, wz, ws, dtau, dkappa = finish(X[:, 1], Y[:, 1], Z[:, 1], -lam, 1.0, -tau * kappa)
+    reach = functools.partial(_reach, program, lam, v)
+    alpha = reach(wz, ws, dtau, dkappa).clamp(max=1.0)[:, None]
     sigma = (1 - alpha).clamp_min(0) ** 3
     # Centred and corrected: lam o (W^-1 ds + W dz) = -lam o lam - (W^-1 ds_a) o (W dz_a) + sigma mu e
-    target = sigma * mu * K.unit(lam) - multiply(K, affine[3], affine[2])
+    target = sigma * mu * K.unit(lam) - multiply(K, ws, wz)
     u = divide(K, lam, target) - lam
-    rk = sigma * mu - tau * kappa - affine[4] * affine[5]
+    rk = sigma * mu - tau * kappa - dtau * dkappa
     keep = 1 - sigma
-    a = factor.solve(
-        (-keep * r1)[..., None], (-keep * r2)[..., None], (-keep * scaled - u)[..., None]
-    )
-    dx, dy, wdz, wds, dtau, dkappa = finish(tuple(t[..., 0] for t in a), u, keep, rk)
-    alpha = (0.99 * reach(wdz, wds, dtau, dkappa)).clamp(max=1.0)
-    dz, ds = W.solve(wdz), W.times(wds)
-    finite = torch.stack([torch.isfinite(t).all(1) for t in (dx, dy, dz, ds, dtau, dkappa)]).all(0)
-    return Step(dx, dy, dz, ds, dtau, dkappa, alpha, finite)
+    g = -torch.addcmul(u, keep, scaled[:, 1])
+    a, b = factor.solve(
+        (-keep * r.r1)[:, None], (-keep * r.r2)[:, None], inverse(g)[:, None]
+    )  # fmt: skip
+    wz = inverse(G.times(a[:, 0])) - g
+    dx, dy, wz, ws, dtau, dkappa = finish(a[:, 0], b[:, 0], wz, u, keep, rk)
+    alpha = (0.99 * reach(wz, ws, dtau, dkappa)).clamp(max=1.0)
+    return torch.cat([dx, dy, inverse(wz), W(ws), dtau, dkappa], 1), alpha
+
+
+def _reach(
+    program: Program, lam: Tensor, v: State, wz: Tensor, ws: Tensor, dtau: Tensor, dkappa: Tensor
+) -> Tensor:
+    """The longest step that leaves neither K nor the half-lines of tau and kappa."""
+    K = program.cones
+    t = longest_step(K, lam[:, None], torch.stack([wz, ws], 1)).amin(1)
+    # -d / a is 1 over the step: of a half-line the largest of it and 0 is what counts.
+    ends = torch.cat([dtau, dkappa], 1) / torch.cat([v.tau, v.kappa], 1)
+    return torch.minimum(t, 1 / (-ends).amax(1).clamp_min(0))

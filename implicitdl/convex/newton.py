@@ -14,11 +14,12 @@ positive definite; refinement with J itself then leads to the exact solution.
 import torch
 from torch import Tensor
 
-from .cones import Derivative
-from .program import Program, product, transposed
+from .cones import derivative
+from .program import Program, cholesky_solve, size_of
 
-# Relative residual at which a solve with J is as good as the data of most problems; the next step of
-# refinement would take as long as the first.
+# Relative residual at which a solve with J is as good as the data of most problems. A step of
+# refinement about squares it, so one that starts below the root of this is not checked: looking at
+# what it left takes as long as the step.
 _ENOUGH = 1e-12
 
 
@@ -28,77 +29,78 @@ class KKT:
     Args:
         program: without a graph.
         w: (x, y, v).
-        refine: the most steps of refinement.
+        L: the factor, where it is known.
     """
 
-    def __init__(self, program: Program, w: Tensor, refine: int = 8):
-        self.program, self.refine = program, refine
+    def __init__(self, program: Program, w: Tensor, L: Tensor | None = None):
+        self.program = program
         self.x, self.y, self.v = program.split(w)
-        self.D = Derivative(program.cones, self.v)
+        self.D = derivative(program.cones, self.v)
         eps = torch.finfo(w.dtype).eps
         self.delta = eps**0.45
-        self.rows = self.D.function_rows(self._weight, program.G)
-        H = self.rows.mT @ self.rows
-        if program.P is not None:
-            H = H + program.P
-        if program.b.shape[1]:
-            H = H + (program.A.mT @ program.A) / self.delta
-        d = H.diagonal(dim1=-2, dim2=-1)
-        d += 16 * eps * d.amax(-1, keepdim=True).clamp_min(1.0)
-        self.L, self.info = torch.linalg.cholesky_ex(H)
-
-    def _inverse(self, e: Tensor) -> Tensor:
-        return 1 / e.clamp_min(self.delta)
-
-    def _weight(self, e: Tensor) -> Tensor:
-        return ((1 - e) * self._inverse(e)).sqrt()
-
-    def _ratio(self, e: Tensor) -> Tensor:
-        return (1 - e) * self._inverse(e)
+        self.inverse = self.D.mapped(lambda e: 1 / e.clamp_min(self.delta))
+        self.ratio = self.D.mapped(lambda e: (1 - e) / e.clamp_min(self.delta))
+        if L is None:
+            H = program.rows[0].normal(self.ratio)
+            if program.P is not None:
+                H += program.P
+            if program.b.shape[1]:
+                H += program.gram / self.delta
+            d = H.diagonal(dim1=-2, dim2=-1)
+            d += 16 * eps * d.amax(-1, keepdim=True).clamp_min(1.0)
+            L = torch.linalg.cholesky_ex(H)[0]
+        self.L = L
 
     def apply(self, w: Tensor, back: bool) -> Tensor:
         """J w, or J'w."""
-        p, D = self.program, self.D
+        p, (G, A) = self.program, self.program.rows
         x, y, v = p.split(w)
-        Dv = D.function(lambda e: e, v)
+        Gx, Dv = G.times(x), self.D(v)
         if back:
-            top = p.quadratic(x) + transposed(p.A, y) + transposed(p.G, v)
-            Gx = product(p.G, x)
-            return torch.cat([top, product(p.A, x), Dv - Gx + D.function(lambda e: e, Gx)], 1)
-        top = p.quadratic(x) + transposed(p.A, y) + transposed(p.G, Dv - v)
-        return torch.cat([top, product(p.A, x), product(p.G, x) + Dv], 1)
+            top, last = p.quadratic(x) + G.back(v), Dv - Gx + self.D(Gx)
+        else:
+            top, last = p.quadratic(x) + G.back(Dv - v), Gx + Dv
+        if not y.shape[1]:
+            return torch.cat([top, last], 1)
+        return torch.cat([top + A.back(y), A.times(x), last], 1)
 
-    def _approximate(self, r: Tensor, back: bool) -> Tensor:
-        p, D = self.program, self.D
+    def rough(self, r: Tensor, back: bool = False) -> Tensor:
+        """w with J w = r, or J'w = r, but for what delta does to it."""
+        p, (G, A) = self.program, self.program.rows
         r1, r2, r3 = p.split(r)
-        half = D.function(self._inverse if back else self._ratio, r3)
-        rhs = r1 - transposed(p.G, half) if back else r1 + transposed(p.G, half)
-        if p.b.shape[1]:
-            rhs = rhs + transposed(p.A, r2) / self.delta
-        x = torch.cholesky_solve(rhs[..., None], self.L)[..., 0]
-        y = (product(p.A, x) - r2) / self.delta
-        Gx = product(p.G, x)
-        v = half + D.function(self._ratio, Gx) if back else D.function(self._inverse, r3 - Gx)
+        half = self.inverse(r3) if back else self.ratio(r3)
+        rhs = r1 - G.back(half) if back else r1 + G.back(half)
+        if r2.shape[1]:
+            rhs = rhs + A.back(r2) / self.delta
+        x = cholesky_solve(self.L, rhs[:, None])[:, 0]
+        y = (A.times(x) - r2) / self.delta if r2.shape[1] else r2
+        Gx = G.times(x)
+        v = half + self.ratio(Gx) if back else self.inverse(r3 - Gx)
         return torch.cat([x, y, v], 1)
 
-    def solve(self, r: Tensor, back: bool = False) -> tuple[Tensor, Tensor]:
-        """w with J w = r, or J'w = r, and the relative residual of each instance."""
-        size = r.abs().amax(1, keepdim=True).clamp_min(torch.finfo(r.dtype).tiny)
-        w = self._approximate(r, back)
-        left = r - self.apply(w, back)
-        error = (left.abs().amax(1, keepdim=True) / size).nan_to_num(nan=torch.inf)
-        for _ in range(self.refine):
+    def solve(self, r: Tensor, back: bool = False, refine: int = 8) -> tuple[Tensor, Tensor]:
+        """w with J w = r, or J'w = r, and a bound on the relative residual of each instance."""
+        size = size_of(r).clamp_min(torch.finfo(r.dtype).tiny)
+        w = self.rough(r, back)
+        left, error = self._left(w, r, size, back)
+        for _ in range(refine):
             if bool((error < _ENOUGH).all()):
                 break
-            new = w + self._approximate(left, back)
-            rest = r - self.apply(new, back)
-            e = (rest.abs().amax(1, keepdim=True) / size).nan_to_num(nan=torch.inf)
+            new = w + self.rough(left, back)
+            if bool((error**2 < _ENOUGH).all()):
+                return new, error
+            rest, e = self._left(new, r, size, back)
             better = e < error
             if not bool(better.any()):
                 break
-            w, left = torch.where(better, new, w), torch.where(better, rest, left)
+            w, left = (torch.where(better[:, None], a, b) for a, b in ((new, w), (rest, left)))
             error = torch.where(better, e, error)
-        return w, error[:, 0]
+        return w, error
+
+    def _left(self, w: Tensor, r: Tensor, size: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+        """What is left of r, and its size."""
+        left = r - self.apply(w, back)
+        return left, (size_of(left) / size).nan_to_num(nan=torch.inf)
 
     def margin(self) -> Tensor:
         """How far v is from where the projection has no derivative, relative to its size: the
@@ -114,23 +116,71 @@ class KKT:
         return gaps.amin(1) / (1 + self.v.abs().amax(1))
 
 
+class Factors:
+    """The factors of J from the last Newton steps, for the gradient.
+
+    They are those at the solution where K has no second-order cone, so that D is zeros and ones, and
+    the active rows did not change after.
+    """
+
+    def __init__(self, program: Program):
+        n, _, M = program.sizes
+        self.L = program.q.new_zeros(program.batch, n, n)
+        self.line = program.q.new_full((program.batch, M), torch.nan)
+
+    def keep(self, rows: Tensor, kkt: KKT) -> None:
+        """These instances' factors."""
+        if rows.numel() == self.line.shape[0]:
+            self.L, self.line = kkt.L, kkt.D.line
+        else:
+            self.L, self.line = self.L.clone(), self.line.clone()
+            self.L[rows], self.line[rows] = kkt.L, kkt.D.line
+
+    def at(self, program: Program, w: Tensor) -> Tensor | None:
+        """The factors at w, if they are those of all instances."""
+        same = (program.split(w)[2] > 0).to(w.dtype) == self.line
+        return self.L if bool(same.all()) else None
+
+
 def polished(
-    program: Program, w: Tensor, error: Tensor, steps: int, tol: float
-) -> tuple[Tensor, Tensor]:
-    """The best w of some semismooth Newton steps; a step may well make the error larger before the
-    right rows are found to be active."""
-    at, now = w, error
+    program: Program, w: Tensor, which: Tensor, steps: int, tol: float,
+    factors: Factors | None = None, offset: Tensor | None = None,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The best w of some semismooth Newton steps, and its error; a step may well make the error
+    larger before the right rows are found to be active.
+
+    Args:
+        program: without a graph.
+        w: where to begin.  # (batch, n + p + M)
+        which: the instances to work on.  # (batch,) bool
+        steps: most factorisations; each serves two steps.
+        tol: error at which an instance is done.
+        factors: where to put the factors.
+        offset: the instances' numbers there.
+    """
+    R, error = program.judged(w)
+    error = torch.where(which, error, torch.inf)
+    rows = torch.nonzero(which & (error > tol)).flatten()
+    part, here, R, now = program.select(rows), w[rows], R[rows], error[rows]
     for _ in range(steps):
-        going = now > tol
-        if not bool(going.any()):
+        if not rows.numel():
             break
-        rows = torch.nonzero(going).flatten()
-        part = program.select(rows)
-        here = at[rows]
-        step, _ = KKT(part, here).solve(-part.residual(here))
-        here = here + step
-        e = part.error(here).nan_to_num(nan=torch.inf)
-        at, now = at.index_copy(0, rows, here), now.index_copy(0, rows, e)
-        better = now < error
-        w, error = torch.where(better[:, None], at, w), torch.where(better, now, error)
+        kkt = KKT(part, here)
+        if factors is not None:
+            factors.keep(rows if offset is None else offset[rows], kkt)
+        before, here = now, here - kkt.rough(R)
+        R, now = part.judged(here)
+        # Where the step was a good one, the same factors serve for another.
+        if bool(((now < 0.1 * before) & (now > tol)).any()):
+            next_ = here - kkt.rough(R)
+            R2, e = part.judged(next_)
+            better = (now < 0.1 * before) & (e < now)
+            here, R = (torch.where(better[:, None], a, b) for a, b in ((next_, here), (R2, R)))
+            now = torch.where(better, e, now)
+        better = now < error[rows]
+        w = w.index_copy(0, rows, torch.where(better[:, None], here, w[rows]))
+        error = error.index_copy(0, rows, torch.where(better, now, error[rows]))
+        go = torch.nonzero(now > tol).flatten()
+        if go.numel() < rows.numel():
+            rows, part, here, R, now = rows[go], part.select(go), here[go], R[go], now[go]
     return w, error

@@ -15,17 +15,105 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from .cones import Cones
+from .cones import Cones, Spectral
 
 
 def product(M: Tensor, x: Tensor) -> Tensor:
     """M x, row by row.  # M (m, n) or (batch, m, n), x (batch, n) -> (batch, m)"""
-    return x @ M.mT if M.dim() == 2 else (M @ x[..., None])[..., 0]
+    return x @ M.mT if M.dim() == 2 else (x[:, None] @ M.mT)[:, 0]
 
 
 def transposed(M: Tensor, y: Tensor) -> Tensor:
     """M'y, row by row."""
-    return y @ M if M.dim() == 2 else (M.mT @ y[..., None])[..., 0]
+    return y @ M if M.dim() == 2 else (y[:, None] @ M)[:, 0]
+
+
+def cholesky_solve(L: Tensor, b: Tensor) -> Tensor:
+    """(L L')^-1 b, row by row; torch's own copies L.  # (batch, n, n), (batch, k, n)"""
+    y = torch.linalg.solve_triangular(L, b.mT, upper=False)
+    return torch.linalg.solve_triangular(L.mT, y, upper=True).mT
+
+
+class Rows:
+    """A matrix whose rows are coordinates of K, stored for products with many vectors.
+
+    Args:
+        M: # (size, n) or (batch, size, n)
+        cones: K; None for a matrix that only products are taken with.
+    """
+
+    def __init__(self, M: Tensor, cones: Cones | None = None):
+        self.M, self.cones = M.contiguous(), cones
+        # A row times a matrix is several times as fast as a matrix times a column, if the matrix
+        # lies in memory in the order it is read.
+        self._flipped = M if M.dim() == 2 else M.mT.contiguous()
+
+    def select(self, index: Tensor | slice) -> "Rows":
+        """Some of the instances."""
+        if self.M.dim() == 2:
+            return self
+        new = object.__new__(Rows)
+        new.M, new.cones, new._flipped = self.M[index], self.cones, self._flipped[index]
+        if "_grams" in self.__dict__:
+            new.__dict__["_grams"] = [g if g is None else g[index] for g in self._grams]
+        return new
+
+    def times(self, x: Tensor) -> Tensor:
+        """M x.  # (batch, n) or (batch, k, n) -> (batch, size) or (batch, k, size)"""
+        if self.M.dim() == 2:
+            return x @ self.M.mT
+        return (x[:, None] @ self._flipped)[:, 0] if x.dim() == 2 else x @ self._flipped
+
+    def back(self, z: Tensor) -> Tensor:
+        """M'z.  # (batch, size) or (batch, k, size) -> (batch, n) or (batch, k, n)"""
+        if self.M.dim() == 2:
+            return z @ self.M
+        return (z[:, None] @ self.M)[:, 0] if z.dim() == 2 else z @ self.M
+
+    @functools.cached_property
+    def _grams(self) -> list[Tensor | None]:
+        """Of each run of second-order cones M_c'M_c, one a cone, where that is no larger than some
+        copies of M_c; else None.  # (count, n * n) or (batch, count, n * n)"""
+        assert self.cones is not None
+        n = self.M.shape[-1]
+        out: list[Tensor | None] = []
+        for start, count, q in self.cones.groups:
+            block = self.M[..., start : start + count * q, :].unflatten(-2, (count, q))
+            out.append((block.mT @ block).flatten(-2) if n <= 4 * q else None)
+        return out
+
+    def normal(self, F: Spectral) -> Tensor:
+        """M'F M for positive semidefinite F.  # (batch, n, n)
+
+        A cone adds its Gram matrix times the eigenvalue across and two matrices of rank one.
+        """
+        K = self.cones
+        assert K is not None
+        l, n, batch = K.nonnegative, self.M.shape[-1], F.line.shape[0]
+        rows = [self.M[..., :l, :].expand(batch, -1, -1)] if l else []
+        weights = [F.line] if l else []
+        total: Tensor | float = 0.0
+        for (e, pair, side), (start, count, q), gram in zip(
+            F.parts, K.groups, self._grams, strict=True
+        ):
+            block = self.M[..., start : start + count * q, :].unflatten(-2, (count, q))
+            along = e @ block  # (batch, count, 2, n)
+            rows.append(along.flatten(1, 2))
+            weights.append((pair - side).flatten(1))
+            if gram is None:
+                rows.append(block.flatten(-3, -2).expand(batch, -1, -1))
+                weights.append(side.expand(-1, -1, q).flatten(1))
+            else:
+                weighed = side[..., 0] @ gram if gram.dim() == 2 else transposed(gram, side[..., 0])
+                total = total + weighed.unflatten(-1, (n, n))
+        if not rows:
+            return self.M.new_zeros(batch, n, n) + total
+        all_rows = torch.cat(rows, 1) if len(rows) > 1 else rows[0]
+        w = torch.cat(weights, 1) if len(weights) > 1 else weights[0]
+        scaled = all_rows * w[..., None]
+        if isinstance(total, float):
+            return scaled.mT @ all_rows
+        return torch.baddbmm(total, scaled.mT, all_rows)
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +137,14 @@ class Program:
     cones: Cones
 
     @functools.cached_property
-    def mirrored(self) -> Tensor:
-        """J G, which every scaling of G needs."""
-        return self.cones.mirror_rows(self.G)
+    def rows(self) -> tuple[Rows, Rows]:
+        """G and A, for products with many vectors."""
+        return Rows(self.G, self.cones), Rows(self.A)
+
+    @functools.cached_property
+    def gram(self) -> Tensor:
+        """A'A."""
+        return self.A.mT @ self.A
 
     @property
     def batch(self) -> int:
@@ -65,7 +158,12 @@ class Program:
 
     def select(self, index: Tensor | slice) -> "Program":
         """Some of the instances."""
-        return self._mapped(lambda name, t: t[index] if self._batched(name, t) else t)
+        new = self._mapped(lambda name, t: t[index] if self._batched(name, t) else t)
+        if "rows" in self.__dict__:
+            new.__dict__["rows"] = tuple(r.select(index) for r in self.rows)
+        if "gram" in self.__dict__:
+            new.__dict__["gram"] = self.gram if self.gram.dim() == 2 else self.gram[index]
+        return new
 
     def detached(self) -> "Program":
         """The same without a graph."""
@@ -119,8 +217,8 @@ class Program:
         return replace(self, **new)
 
     def quadratic(self, x: Tensor) -> Tensor:
-        """P x."""
-        return torch.zeros_like(x) if self.P is None else product(self.P, x)
+        """P x; P is symmetric."""
+        return torch.zeros_like(x) if self.P is None else transposed(self.P, x)
 
     def split(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """x, y, v of w = (x, y, v)."""
@@ -131,27 +229,34 @@ class Program:
         """R(x, y, v).  # (batch, n + p + M)"""
         x, y, v = self.split(w)
         s = self.cones.project(v)
-        r1 = self.quadratic(x) + self.q + transposed(self.A, y) + transposed(self.G, s - v)
-        r2 = product(self.A, x) - self.b
+        r1 = self.quadratic(x) + self.q + transposed(self.G, s - v)
         r3 = product(self.G, x) + s - self.h
-        return torch.cat([r1, r2, r3], 1)
+        if not self.b.shape[1]:
+            return torch.cat([r1, r3], 1)
+        r1 = r1 + transposed(self.A, y)
+        return torch.cat([r1, product(self.A, x) - self.b, r3], 1)
 
-    def error(self, w: Tensor) -> Tensor:
-        """The largest entry of R, each of its three parts relative to the terms that it sums.
+    def judged(self, w: Tensor) -> tuple[Tensor, Tensor]:
+        """R, without a graph, and its largest entry in each instance, each of the three parts
+        relative to the terms that it sums.
 
         Scaled so that changing the units of an instance changes little; under 1e-12 is rounding.
-        # (batch,)
+        # (batch, n + p + M), (batch,)
         """
+        G, A = self.rows
         x, y, v = self.split(w)
         s = self.cones.project(v)
-        z = s - v
-        Px, Aty, Gtz = self.quadratic(x), transposed(self.A, y), transposed(self.G, z)
-        Ax, Gx = product(self.A, x), product(self.G, x)
-        dual = _relative(Px + self.q + Aty + Gtz, Px, self.q, Aty, Gtz)
-        out = torch.maximum(dual, _relative(Gx + s - self.h, Gx, s, self.h))
+        Px, Gtz, Gx = self.quadratic(x), G.back(s - v), G.times(x)
+        terms, r1 = [Px, self.q, Gtz], Px + self.q + Gtz
+        r3 = Gx + s - self.h
+        parts, error = [r3], _relative(r3, Gx, s, self.h)
         if self.b.shape[1]:
-            out = torch.maximum(out, _relative(Ax - self.b, Ax, self.b))
-        return out
+            Aty, Ax = A.back(y), A.times(x)
+            r1, r2 = r1 + Aty, Ax - self.b
+            terms, parts = [*terms, Aty], [r2, r3]
+            error = torch.maximum(error, _relative(r2, Ax, self.b))
+        error = torch.maximum(error, _relative(r1, *terms))
+        return torch.cat([r1, *parts], 1), error.nan_to_num(nan=torch.inf)
 
 
 class _Replaced(torch.autograd.Function):
@@ -174,8 +279,13 @@ class _Replaced(torch.autograd.Function):
         return t.clone()
 
 
+def size_of(t: Tensor) -> Tensor:
+    """The largest entry of each row; 0 of a row without entries.  # (batch, m) -> (batch,)"""
+    return torch.linalg.vector_norm(t, torch.inf, 1) if t.shape[1] else t.new_zeros(t.shape[0])
+
+
 def _relative(r: Tensor, *terms: Tensor) -> Tensor:
-    if not r.shape[1]:
-        return r.new_zeros(r.shape[0])
-    size = torch.stack([t.abs().amax(1) for t in terms]).amax(0)
-    return r.abs().amax(1) / (1 + size)
+    size = size_of(terms[0])
+    for t in terms[1:]:
+        size = torch.maximum(size, size_of(t))
+    return size_of(r) / (1 + size)

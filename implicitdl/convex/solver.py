@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..implicit import attach_root, refuse_transforms
+from ..implicit import attach_root, constant, refuse_transforms
 from ..solution import InfeasibleError, Solution, Status, check_on_failure
 from . import interior
-from .newton import KKT, polished
+from .newton import KKT, Factors, polished
 from .program import Program
 
 
@@ -39,62 +39,64 @@ class ConeSolver:
             if not (value is None and name == "chunk") and (type(value) is not int or value < 1):
                 raise ValueError(f"{name}: got {value!r}, expected an integer >= 1.")
 
-    def points(
-        self, program: Program, start: Tensor | None = None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """w = (x, y, s - z), the status code of each instance, its error, and its steps.
-
-        Of an infeasible instance y and z, of an unbounded one x, are the certificate.
+    def points(self, program: Program, start: Tensor | None = None, keep: bool = False) -> "Found":
+        """The solutions of a batch of programs.
 
         Args:
             program: float64, without a graph.
             start: w of a nearby program, rows of NaN where there is none.
+            keep: whether the factors of J are of use later.
         """
-        size = self.chunk or (64 if program.q.device.type == "cpu" else program.batch)
-        size = max(1, size)
-        parts = [
-            self._chunk(
-                program.select(slice(i, i + size)), None if start is None else start[i : i + size]
-            )
-            for i in range(0, program.batch, size)
-        ]
+        size = self.chunk or _chunk_size(program)
+        parts = []
+        for i in range(0, program.batch, size):
+            part = slice(i, i + size)
+            some = program if size >= program.batch else program.select(part)
+            parts.append(self._chunk(some, None if start is None else start[part], keep))
+        if len(parts) == 1:
+            return parts[0]
         if not parts:
             w = program.q.new_zeros(0, sum(program.sizes))
             none = torch.zeros(0, dtype=torch.long, device=w.device)
-            return w, none, w.new_zeros(0), none
-        return tuple(torch.cat(each) for each in zip(*parts, strict=True))  # type: ignore[return-value]
+            return Found(w, none, w.new_zeros(0), none, None)
+        known = [p.L for p in parts if p.L is not None]
+        return Found(
+            *(torch.cat([getattr(p, f) for p in parts]) for f in ("w", "codes", "error", "steps")),
+            L=torch.cat(known) if len(known) == len(parts) else None,
+        )
 
-    def _chunk(
-        self, program: Program, start: Tensor | None
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    def _chunk(self, program: Program, start: Tensor | None, keep: bool) -> "Found":
         batch, device = program.batch, program.q.device
         w = program.q.new_zeros(batch, sum(program.sizes))
         error = program.q.new_full((batch,), torch.inf)
         codes = torch.full((batch,), Status.MAX_STEPS.code, device=device)
         steps = torch.zeros(batch, dtype=torch.long, device=device)
+        factors = None
+        if keep and not program.cones.second_order:
+            factors = Factors(program)
         if start is not None:
-            near = torch.nonzero(torch.isfinite(start).all(1)).flatten()
-            if near.numel():
-                part = program.select(near)
-                first = part.error(start[near])
-                found, e = polished(part, start[near], first, 4, self.tol * 1e-3)
-                w, error = w.index_copy(0, near, found), error.index_copy(0, near, e)
-                steps = steps.index_add(0, near, torch.ones_like(near))
+            near = torch.isfinite(start).all(1)
+            w, error = polished(
+                program, start.nan_to_num(), near, 4, self.tol * 1e-3, factors
+            )  # fmt: skip
+            error = torch.where(error <= self.tol, error, torch.inf)
+            steps = steps + near
         rows = torch.nonzero(error > self.tol).flatten()
+        part = program.select(rows) if rows.numel() < batch else program
         state = None
         # Near enough for Newton's method at first; closer for those that it does not finish.
-        for tol in (1e-5, 1e-7, self.tol):
+        for tol in (1e-4, 1e-6, self.tol):
             if not rows.numel():
                 break
-            part = program.select(rows)
             state, outcome, took = interior.solve(part, tol, 1e-9, self.max_steps, state)
             steps = steps.index_add(0, rows, took)
-            point = state.point()
             solved = outcome == interior.SOLVED
-            first = torch.where(solved, part.error(point), -1.0)  # of no use where not solved
-            point, e = polished(part, point, first, 6, self.tol * 1e-3)
-            # Where s and z both vanish, s - z tells less of the solution than s and z do.
-            e = torch.minimum(torch.where(solved, e, torch.inf), interior.quality(part, state))
+            point, e = polished(
+                part, state.point(), solved, 6, self.tol * 1e-3, factors, rows
+            )  # fmt: skip
+            if bool((e > self.tol).any()):
+                # Where s and z both vanish, s - z tells less of the solution than s and z do.
+                e = torch.minimum(e, interior.quality(part, state))
             better = e < error[rows]
             w[rows] = torch.where(better[:, None], point, w[rows])
             error[rows] = torch.where(better, e, error[rows])
@@ -106,14 +108,42 @@ class ConeSolver:
                     w[hit] = _certificate(state, outcome == which, which)
             stuck = (outcome == interior.BROKEN) | (outcome == interior.GOING)
             left = (error[rows] > self.tol) & (solved | stuck)
-            if bool(stuck.all()) or tol == self.tol:
+            go = torch.nonzero(left & ~stuck).flatten()
+            if not go.numel():
                 break
-            keep = torch.nonzero(left & ~stuck).flatten()
-            rows, state = rows[keep], state.select(keep)
+            rows, state, part = rows[go], state.select(go), part.select(go)
         codes[error <= self.tol] = Status.CONVERGED.code
         near = (error > self.tol) & (error < 1e-5) & (codes == Status.MAX_STEPS.code)
         codes[near] = Status.STALLED.code
-        return w, codes, error, steps
+        return Found(w, codes, error, steps, factors and factors.at(program, w))
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """What comes of a batch.
+
+    Attributes:
+        w: (x, y, s - z); of an infeasible instance y and z, of an unbounded one x, are the
+            certificate.
+        codes: the status of each instance.
+        error: relative, of the optimality conditions.
+        steps: of the interior-point method.
+        L: the factors of J at w, where they are known.
+    """
+
+    w: Tensor
+    codes: Tensor
+    error: Tensor
+    steps: Tensor
+    L: Tensor | None
+
+
+def _chunk_size(program: Program) -> int:
+    """As many instances as a CPU's cache is good for: more are slower, and so are far fewer."""
+    if program.q.device.type != "cpu":
+        return max(1, program.batch)
+    n, p, M = program.sizes
+    return max(16, int(1e6 / max(1, n * (n + p + M))))
 
 
 def _certificate(state: interior.State, hit: Tensor, which: int) -> Tensor:
@@ -155,7 +185,8 @@ def solve(
             f"{(program.batch, sum(program.sizes))}: one of the same batch and sizes."
         )
     with torch.no_grad():
-        w, codes, error, steps = solver.points(plain, guess)
+        found = solver.points(plain, guess, keep=not constant())
+    w, codes, error, steps = found.w, found.codes, found.error, found.steps
     if bool(sick.any()):
         codes, error = codes.clone(), error.clone()
         codes[sick] = Status.NONFINITE.code
@@ -167,7 +198,7 @@ def solve(
         work = work.tamed(failed)
         plain = work.detached()
         w = torch.where(failed[:, None], plain.trivial(), w)
-    inverse = _Inverse(plain, w, failed)
+    inverse = _Inverse(plain, w, failed, None if bool(failed.any()) else found.L)
     point = attach_root(work.residual, w, inverse, order)
     if bool(failed.any()):
         point = point + torch.where(failed, torch.nan, 0.0)[:, None].to(point.dtype)
@@ -217,8 +248,8 @@ def _checked(solution: Solution, on_failure: str, certificate: Tensor) -> Soluti
 class _Inverse:
     """J^-1 at a solution, factorised when it is first needed."""
 
-    def __init__(self, program: Program, w: Tensor, failed: Tensor):
-        self.program, self.w, self.failed = program, w, failed
+    def __init__(self, program: Program, w: Tensor, failed: Tensor, L: Tensor | None):
+        self.program, self.w, self.failed, self.L = program, w, failed, L
         self._kkt: KKT | None = None
 
     @property
@@ -226,7 +257,7 @@ class _Inverse:
         """J there."""
         if self._kkt is None:
             with torch.no_grad():
-                self._kkt = KKT(self.program, self.w.detach())
+                self._kkt, self.L = KKT(self.program, self.w.detach(), self.L), None
         return self._kkt
 
     def apply(self, b: Tensor, transposed: bool) -> Tensor:

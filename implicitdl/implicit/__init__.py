@@ -30,7 +30,7 @@ from .adjoints import (
     attach_root,
     get_adjoint,
 )
-from .affine import Equation, equilibrium
+from .affine import Equation, constant, equilibrium
 from .closures import Map, refuse_transforms
 
 __all__ = [
@@ -42,6 +42,7 @@ __all__ = [
     "Unrolled",
     "attach",
     "attach_root",
+    "constant",
     "equilibrium",
     "fixed_point",
     "get_adjoint",
