@@ -49,7 +49,7 @@ SOLVED, INFEASIBLE, UNBOUNDED, GOING, BROKEN = range(5)
 
 
 def solve(
-    program: Program, tol: float, proof: float, max_steps: int, start: State | None = None
+    program: Program, tol: float, proof: float, max_steps: int, v: State | None = None
 ) -> tuple[State, Tensor, Tensor]:
     """The state, the outcome of each instance, and its steps.
 
@@ -58,9 +58,9 @@ def solve(
         tol: of residuals and gap, relative, at which an instance is solved.
         proof: of the certificates that it cannot be.
         max_steps: most steps.
-        start: a state to go on from.
+        v: a state to go on from.
     """
-    v = _start(program) if start is None else start
+    v = start(program) if v is None else v
     state, rows = State(v.data.clone(), v.sizes), torch.arange(program.batch, device=v.data.device)
     outcome, steps = torch.full_like(rows, GOING), torch.zeros_like(rows)
     r = Residuals(program, v)
@@ -128,7 +128,7 @@ class Factor:
         return x, y
 
 
-def _start(program: Program) -> State:
+def start(program: Program) -> State:
     """x, y, z of the program with K a whole space and ||s||^2 / 2 added; s and z shifted into K."""
     K = program.cones
     batch, (n, p, M) = program.batch, program.sizes

@@ -1,5 +1,6 @@
 """Solving a batch of cone programs, and the Solution that comes of it."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -11,6 +12,10 @@ from ..solution import InfeasibleError, Solution, Status, check_on_failure
 from . import interior
 from .newton import KKT, Factors, polished
 from .program import Program
+
+# Relative error that the first interior-point steps, in float32, go down to, and how many of these
+# there are at most.
+_FIRST, _MOST_SHORT = 3e-3, 15
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -61,9 +66,10 @@ class ConeSolver:
             return Found(w, none, w.new_zeros(0), none, None)
         known = [p.L for p in parts if p.L is not None]
         return Found(
-            *(torch.cat([getattr(p, f) for p in parts]) for f in ("w", "codes", "error", "steps")),
+            w=torch.cat([p.w for p in parts]), codes=torch.cat([p.codes for p in parts]),
+            error=torch.cat([p.error for p in parts]), steps=torch.cat([p.steps for p in parts]),
             L=torch.cat(known) if len(known) == len(parts) else None,
-        )
+        )  # fmt: skip
 
     def _chunk(self, program: Program, start: Tensor | None, keep: bool) -> "Found":
         batch, device = program.batch, program.q.device
@@ -83,17 +89,15 @@ class ConeSolver:
             steps = steps + near
         rows = torch.nonzero(error > self.tol).flatten()
         part = program.select(rows) if rows.numel() < batch else program
-        state = None
+        state: interior.State | None = None
         # Near enough for Newton's method at first; closer for those that it does not finish.
-        for tol in (1e-4, 1e-6, self.tol):
+        for tol in (_FIRST, 1e-4, 1e-6, self.tol):
             if not rows.numel():
                 break
-            state, outcome, took = interior.solve(part, tol, 1e-9, self.max_steps, state)
+            state, outcome, took = self._interior(part, tol, state)
             steps = steps.index_add(0, rows, took)
             solved = outcome == interior.SOLVED
-            point, e = polished(
-                part, state.point(), solved, 6, self.tol * 1e-3, factors, rows
-            )  # fmt: skip
+            point, e = polished(part, state.point(), solved, 6, self.tol * 1e-3, factors, rows)
             if bool((e > self.tol).any()):
                 # Where s and z both vanish, s - z tells less of the solution than s and z do.
                 e = torch.minimum(e, interior.quality(part, state))
@@ -106,16 +110,31 @@ class ConeSolver:
                 if hit.numel():
                     codes[hit] = status.code
                     w[hit] = _certificate(state, outcome == which, which)
-            stuck = (outcome == interior.BROKEN) | (outcome == interior.GOING)
-            left = (error[rows] > self.tol) & (solved | stuck)
-            go = torch.nonzero(left & ~stuck).flatten()
+            more = solved if tol < _FIRST else torch.ones_like(solved)
+            go = torch.nonzero((error[rows] > self.tol) & more).flatten()
             if not go.numel():
                 break
             rows, state, part = rows[go], state.select(go), part.select(go)
         codes[error <= self.tol] = Status.CONVERGED.code
         near = (error > self.tol) & (error < 1e-5) & (codes == Status.MAX_STEPS.code)
         codes[near] = Status.STALLED.code
-        return Found(w, codes, error, steps, factors and factors.at(program, w))
+        return Found(w, codes, error, steps, None if factors is None else factors.at(program, w))
+
+    def _interior(
+        self, program: Program, tol: float, state: interior.State | None
+    ) -> tuple[interior.State, Tensor, Tensor]:
+        """Interior-point steps to an error of tol, the first of them in float32: what they are to
+        find is only which rows are active. What float32 does not solve begins anew."""
+        if tol < _FIRST:
+            return interior.solve(program, tol, 1e-9, self.max_steps, state)
+        short = min(self.max_steps, _MOST_SHORT)
+        found, outcome, steps = interior.solve(program.to(torch.float32), tol, 0.0, short)
+        state = interior.State(found.data.to(torch.float64), found.sizes)
+        failed = outcome != interior.SOLVED
+        if bool(failed.any()):
+            begin = interior.start(program).data
+            state = interior.State(torch.where(failed[:, None], begin, state.data), state.sizes)
+        return state, outcome, steps
 
 
 @dataclass(frozen=True, eq=False)
@@ -143,7 +162,8 @@ def _chunk_size(program: Program) -> int:
     if program.q.device.type != "cpu":
         return max(1, program.batch)
     n, p, M = program.sizes
-    return max(16, int(1e6 / max(1, n * (n + p + M))))
+    most = max(16, int(1e6 / max(1, n * (n + p + M))))
+    return max(1, math.ceil(program.batch / math.ceil(max(1, program.batch) / most)))
 
 
 def _certificate(state: interior.State, hit: Tensor, which: int) -> Tensor:
