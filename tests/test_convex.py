@@ -426,10 +426,56 @@ def test_smoothing_of_linear_programs():
         LinearProgram(smoothing=-1.0)
 
 
-def test_transforms_are_refused_with_the_reason():
-    P, q, G, h, _, _ = quadratic(2, 3, 3)
-    with pytest.raises(RuntimeError, match=r"torch\.func"):
-        torch.func.vmap(lambda q: QuadraticProgram()(P[0], q, G[0], h[0]))(q)
+@SCRIPT
+def test_transforms():
+    """vmap over any of the data, gradients inside of it, forward mode, second derivatives."""
+    c, G, h, K = robust(3)
+    layer = ConeProgram(K, order=2)
+    vmap, grad, jvp, jacrev, jacfwd = (
+        getattr(torch.func, f) for f in ("vmap", "grad", "jvp", "jacrev", "jacfwd")
+    )
+
+    def loss(c, G, h):
+        return layer(None, c, G, h).pow(3).sum()
+
+    plain = layer(None, c, G, h)
+    torch.testing.assert_close(vmap(layer, (None, 0, 0, 0))(None, c, G, h), plain)
+    shared = vmap(layer, (None, 0, None, None))(None, c, G[0], h[0])  # what is shared stays so
+    torch.testing.assert_close(shared, layer(None, c, G[0], h[0]))
+    stacked = torch.stack([c, 2 * c], 1)  # a batch inside, vmap's dimension elsewhere
+    both = vmap(lambda c: layer(None, c, G, h), 1, out_dims=1)(stacked)
+    torch.testing.assert_close(both, torch.stack([plain, plain], 1))
+
+    for i, at in enumerate((c, G, h)):
+        at.requires_grad_()
+        (expected,) = torch.autograd.grad(loss(c, G, h), at, create_graph=True)
+        each = vmap(grad(loss, i))(c, G, h)
+        torch.testing.assert_close(each, expected.detach())
+        t = torch.randn_like(at)
+        ts = [torch.zeros_like(x) if x is not at else t for x in (c, G, h)]
+        _, slope = jvp(loss, (c, G, h), tuple(ts))
+        torch.testing.assert_close(slope, (expected * t).sum().detach())
+        second = jacrev(grad(loss, i), i)(c[0], G[0], h[0])
+        (row,) = torch.autograd.grad(expected[0].sum(), at)
+        torch.testing.assert_close(second.flatten(0, at.dim() - 2).sum(0), row[0])
+        at.requires_grad_(False)
+    J = jacfwd(lambda c: layer(None, c, G[0], h[0]))(c[0])
+    torch.testing.assert_close(J, jacrev(lambda c: layer(None, c, G[0], h[0]))(c[0]))
+
+
+def test_transforms_and_failure():
+    P, q, G, h, _, _ = quadratic(3, 3, 4)
+    G[1], h[1] = 0.0, -1.0  # no feasible point
+    with pytest.raises(InfeasibleError, match="index 1"):
+        torch.func.vmap(QuadraticProgram())(P, q, G, h)
+    layer = QuadraticProgram(on_failure="nan")
+    x = torch.func.vmap(layer)(P, q, G, h)
+    assert x[1].isnan().all() and x[[0, 2]].isfinite().all()
+    g = torch.func.vmap(torch.func.grad(lambda q, P, G, h: layer(P, q, G, h).sum()))(q, P, G, h)
+    assert g[1].isnan().all() and g[[0, 2]].isfinite().all()
+    with pytest.raises(ValueError, match="start"):
+        start = layer.solve(P, q, G, h)
+        torch.func.vmap(lambda q: layer.solve(P, q, G, h, start=start).value)(q[None])
 
 
 # ---- what does not fit -----------------------------------------------------------------------------

@@ -262,6 +262,8 @@ class Program:
 class _Replaced(torch.autograd.Function):
     """The value of one tensor with the gradient of another."""
 
+    generate_vmap_rule = True
+
     @staticmethod
     def forward(old: Tensor, new: Tensor) -> Tensor:
         return new.clone()

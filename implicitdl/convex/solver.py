@@ -1,15 +1,17 @@
 """Solving a batch of cone programs, and the Solution that comes of it."""
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..implicit import attach_root, constant, refuse_transforms
+from ..implicit import attach_root, constant
+from ..maps import inside_transform
 from ..solution import InfeasibleError, Solution, Status, check_on_failure
-from . import interior
+from . import interior, transforms
 from .newton import KKT, Factors, polished
 from .program import Program
 
@@ -191,40 +193,29 @@ def solve(
     """
     if on_failure != "nan":
         check_on_failure(on_failure)
-    refuse_transforms("A convex layer")
-    dtype = program.q.dtype
     work = program.to(torch.float64)
-    plain = work.detached()
-    sick = ~plain.finite()
-    if bool(sick.any()):
-        plain = plain.tamed(sick)
-    guess = None if start is None else start.stats["point"].to(torch.float64)
-    if guess is not None and guess.shape != (program.batch, sum(program.sizes)):
-        raise ValueError(
-            f"start: got a solution of shape {tuple(guess.shape)}, expected "
-            f"{(program.batch, sum(program.sizes))}: one of the same batch and sizes."
-        )
-    with torch.no_grad():
-        found = solver.points(plain, guess, keep=not constant())
-    w, codes, error, steps = found.w, found.codes, found.error, found.steps
-    if bool(sick.any()):
-        codes, error = codes.clone(), error.clone()
-        codes[sick] = Status.NONFINITE.code
-        error[sick] = torch.inf
-    failed = codes != Status.CONVERGED.code
+    if inside_transform():
+        if start is not None:
+            raise ValueError("start: got one inside a torch.func transform, expected None there.")
+        check = functools.partial(_values, solver=solver, on_failure=on_failure)
+        w, codes, error, steps, found = transforms.root(work, check, order)
+        extra: dict[str, Any] = {}
+    else:
+        guess = None if start is None else start.stats["point"].to(torch.float64)
+        if guess is not None and guess.shape != (program.batch, sum(program.sizes)):
+            raise ValueError(
+                f"start: got a solution of shape {tuple(guess.shape)}, expected "
+                f"{(program.batch, sum(program.sizes))}: one of the same batch and sizes."
+            )
+        best = _found(work.detached(), solver, guess, keep=not constant())
+        found, codes, error, steps = best.w, best.codes, best.error, best.steps
+        w, inverse = _attached(work, best, order)
+        extra = {"point": w.detach(), "inverse": inverse}
     proved = (codes == Status.INFEASIBLE.code) | (codes == Status.UNBOUNDED.code)
-    certificate = torch.where(proved[:, None], w, torch.nan)
-    if bool(failed.any()):
-        work = work.tamed(failed)
-        plain = work.detached()
-        w = torch.where(failed[:, None], plain.trivial(), w)
-    inverse = _Inverse(plain, w, failed, None if bool(failed.any()) else found.L)
-    point = attach_root(work.residual, w, inverse, order)
-    if bool(failed.any()):
-        point = point + torch.where(failed, torch.nan, 0.0)[:, None].to(point.dtype)
-    x, y, v = work.split(point)
+    x, y, v = work.split(w)
     s = work.cones.project(v)
     objective = 0.5 * (x * work.quadratic(x)).sum(1) + (work.q * x).sum(1)
+    dtype = program.q.dtype
     stats: dict[str, Any] = {
         "solver": "interior point and Newton",
         "objective": objective.to(dtype),
@@ -232,18 +223,68 @@ def solve(
         "dual": (s - v).to(dtype),
         "slack": s.to(dtype),
         "error": error,
-        "point": point.detach(),
-        "certificate": certificate,
-        "inverse": inverse,
+        "certificate": torch.where(proved[:, None], found, torch.nan),
+        **extra,
     }
     solution = Solution(
         value=x.to(dtype), codes=codes, residual=error / solver.tol, steps=steps, stats=stats
     )
-    return solution if on_failure == "nan" else _checked(solution, on_failure, certificate)
+    if not inside_transform():  # where `_values` has looked already
+        _check(solution, on_failure)
+    return solution
 
 
-def _checked(solution: Solution, on_failure: str, certificate: Tensor) -> Solution:
-    """Infeasible and unbounded instances have an error of their own."""
+def _found(
+    program: Program, solver: ConeSolver, guess: Tensor | None = None, keep: bool = False
+) -> Found:
+    """What the solver makes of a program that may have data that are not finite."""
+    sick = ~program.finite()
+    hit = bool(sick.any())
+    with torch.no_grad():
+        found = solver.points(program.tamed(sick) if hit else program, guess, keep)
+    if not hit:
+        return found
+    return replace(
+        found,
+        codes=torch.where(sick, Status.NONFINITE.code, found.codes),
+        error=torch.where(sick, torch.inf, found.error),
+    )
+
+
+def _attached(work: Program, found: Found, order: int) -> tuple[Tensor, "_Inverse"]:
+    """w with its derivatives, NaN where there is no solution."""
+    failed, w, plain, L = found.codes != Status.CONVERGED.code, found.w, work.detached(), found.L
+    if not bool(failed.any()):
+        inverse = _Inverse(plain, w, failed, L)
+        return attach_root(work.residual, w, inverse, order), inverse
+    work = work.tamed(failed)
+    plain = work.detached()
+    w = torch.where(failed[:, None], plain.trivial(), w)
+    inverse = _Inverse(plain, w, failed, None)
+    point = attach_root(work.residual, w, inverse, order)
+    return point + torch.where(failed, torch.nan, 0.0)[:, None], inverse
+
+
+def _values(
+    program: Program, solver: ConeSolver, on_failure: str
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """What a torch.func transform gets, checked where values can be looked at."""
+    f = _found(program, solver)
+    _check(
+        Solution(
+            value=f.w, codes=f.codes, residual=f.error / solver.tol, steps=f.steps,
+            stats={"certificate": f.w},
+        ),
+        on_failure,
+    )  # fmt: skip
+    return f.w, f.codes, f.error, f.steps
+
+
+def _check(solution: Solution, on_failure: str) -> None:
+    """As `Solution.check`; infeasible and unbounded instances have an error of their own."""
+    if on_failure == "nan":
+        return
+    certificate = solution.stats["certificate"]
     impossible = (solution.codes == Status.INFEASIBLE.code) | (
         solution.codes == Status.UNBOUNDED.code
     )
@@ -262,7 +303,7 @@ def _checked(solution: Solution, on_failure: str, certificate: Tensor) -> Soluti
             certificate=certificate[bad],
             instances=bad,
         )
-    return solution.check(on_failure)
+    solution.check(on_failure)
 
 
 class _Inverse:

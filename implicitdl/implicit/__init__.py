@@ -31,7 +31,7 @@ from .adjoints import (
     get_adjoint,
 )
 from .affine import Equation, constant, equilibrium
-from .closures import Map, refuse_transforms
+from .closures import Limit, Map, refuse_transforms
 
 __all__ = [
     "Adjoint",

@@ -156,11 +156,11 @@ class Chord(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         u = _LinearSolve.apply(g, ctx.inverse, True)
-        return _Limit.apply(u, ctx.saved_tensors[0], ctx.order - 1), None, None
+        return Limit.apply(u, ctx.saved_tensors[0], ctx.order - 1), None, None
 
     @staticmethod
     def jvp(ctx: Any, r: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
-        return _Limit.apply(
+        return Limit.apply(
             _LinearSolve.apply(r, ctx.inverse, False), ctx.saved_tensors[0], ctx.order - 1
         )
 
@@ -185,8 +185,10 @@ class _LinearSolve(torch.autograd.Function):
         return _LinearSolve.apply(b, ctx.inverse, ctx.transposed)
 
 
-class _Limit(torch.autograd.Function):
+class Limit(torch.autograd.Function):
     """The identity, `left` times differentiable. `r` keeps it on the path to the parameters."""
+
+    generate_vmap_rule = True
 
     @staticmethod
     def forward(u: Tensor, r: Tensor, left: int) -> Tensor:
@@ -201,7 +203,7 @@ class _Limit(torch.autograd.Function):
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         if ctx.left == 0:
             raise RuntimeError(_ONCE_TOO_OFTEN)
-        return _Limit.apply(g, ctx.saved_tensors[0], ctx.left - 1), None, None
+        return Limit.apply(g, ctx.saved_tensors[0], ctx.left - 1), None, None
 
     @staticmethod
     def jvp(ctx: Any, *_: Any) -> Any:  # type: ignore[override]
