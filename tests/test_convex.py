@@ -426,6 +426,39 @@ def test_smoothing_of_linear_programs():
         LinearProgram(smoothing=-1.0)
 
 
+@pytest.mark.parametrize("kind", ["quadratic", "robust"])
+def test_units_do_not_matter(kind):
+    """Rows, columns and the objective in units of 1e-3 to 1e3: the same solution and gradients."""
+    g = torch.Generator().manual_seed(5)
+    if kind == "quadratic":
+        P, q, G, h, A, b = quadratic(6, 5, 8, 2)
+        K, E = Cones(8), 10 ** (6 * torch.rand(6, 8, generator=g) - 3)
+    else:
+        (q, G, h, K), P, A, b = robust(6), None, torch.zeros(6, 0, 4), torch.zeros(6, 0)
+        each = 10 ** (6 * torch.rand(6, 8 + 3, generator=g) - 3)
+        E = each[:, [*range(8), *(8 + i // 5 for i in range(15))]]
+    D = 10 ** (6 * torch.rand(6, q.shape[1], generator=g) - 3)
+    F = 10 ** (6 * torch.rand(6, b.shape[1], generator=g) - 3)
+    data = [None if t is None else t.requires_grad_() for t in (P, q, G, h, A, b)]
+    P, q, G, h, A, b = data
+    layer = ConeProgram(K)
+    plain = layer(*data)
+    units = [
+        None if P is None else 1e4 * D[:, :, None] * P * D[:, None],
+        1e4 * D * q, E[:, :, None] * G * D[:, None], E * h, F[:, :, None] * A * D[:, None], F * b,
+    ]  # fmt: skip
+    found = layer.solve(*units)
+    assert found.stats["error"].max() < 1e-9
+    torch.testing.assert_close(found.value * D, plain, rtol=1e-6, atol=1e-7)
+    leaves = [t for t in data if t is not None and t.numel()]
+    weight = torch.randn(plain.shape, generator=g)
+    expected = torch.autograd.grad((plain * weight).sum(), leaves)
+    got = torch.autograd.grad((found.value * D * weight).sum(), leaves)
+    torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-6)
+    again = layer.solve(*units, start=found)
+    assert again.steps.max() <= 1
+
+
 @SCRIPT
 def test_transforms():
     """vmap over any of the data, gradients inside of it, forward mode, second derivatives."""

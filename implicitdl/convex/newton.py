@@ -11,9 +11,12 @@ An eigenvalue of D below delta is taken for delta, and A x = b is given as much 
 positive definite; refinement with J itself then leads to the exact solution.
 """
 
+import functools
+
 import torch
 from torch import Tensor
 
+from .balance import Balance, balance
 from .cones import derivative
 from .program import Program, cholesky_solve, size_of
 
@@ -184,3 +187,46 @@ def polished(
         if go.numel() < rows.numel():
             rows, part, here, R, now = rows[go], part.select(go), here[go], R[go], now[go]
     return w, error
+
+
+class Inverse:
+    """J^-1 at a solution, factorised when it is first needed.
+
+    Args:
+        program: without a graph.
+        w: the solution.
+        failed: instances that have none, and so no derivative.  # (batch,) bool
+        L: the factors, in the units of `balance`, where they are known.
+    """
+
+    def __init__(self, program: Program, w: Tensor, failed: Tensor, L: Tensor | None = None):
+        self.program, self.w, self.failed, self.L = program, w.detach(), failed, L
+
+    @functools.cached_property
+    def _units(self) -> Balance | None:
+        return balance(self.program)
+
+    @functools.cached_property
+    def kkt(self) -> KKT:
+        """J there, in the units of `balance`."""
+        with torch.no_grad():
+            p, w, u = self.program, self.w, self._units
+            L, self.L = self.L, None
+            return KKT(p, w, L) if u is None else KKT(u.scaled(p), u.into(p, w), L)
+
+    @torch.no_grad()
+    def apply(self, b: Tensor, transposed: bool) -> Tensor:
+        """w with J w = b, or J'w = b; NaN where one is asked for that does not exist."""
+        hit = bool(self.failed.any())
+        rows = self.failed[:, None]
+        kkt, u, p = self.kkt, self._units, self.program
+        r = torch.where(rows, 0.0, b) if hit else b
+        if u is None:
+            w, _ = kkt.solve(r, transposed)
+        elif transposed:
+            w = u.residual(p, kkt.solve(u.step(p, kkt.D, r), True)[0])
+        else:
+            w = u.step(p, kkt.D, kkt.solve(u.residual(p, r))[0])
+        if not hit:
+            return w
+        return torch.where(rows & (b != 0).any(1, keepdim=True), torch.nan, w)

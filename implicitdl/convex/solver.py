@@ -12,7 +12,8 @@ from ..implicit import attach_root, constant
 from ..maps import inside_transform
 from ..solution import InfeasibleError, Solution, Status, check_on_failure
 from . import interior, transforms
-from .newton import KKT, Factors, polished
+from .balance import balance
+from .newton import Factors, Inverse, polished
 from .program import Program
 
 # Relative error that the first interior-point steps, in float32, go down to, and how many of these
@@ -54,6 +55,30 @@ class ConeSolver:
             start: w of a nearby program, rows of NaN where there is none.
             keep: whether the factors of J are of use later.
         """
+        units = balance(program)
+        if units is None:
+            return self._points(program, start, keep)
+        first = None if start is None else units.into(program, start)
+        found = self._points(units.scaled(program), first, keep)
+        w = units.out_of(program, found.w)
+        solved = found.codes == Status.CONVERGED.code
+        # In the old units a residual may weigh more, or less.
+        error = torch.where(solved, program.judged(w)[1], found.error)
+        codes = torch.where(solved & (error > self.tol), Status.STALLED.code, found.codes)
+        found = replace(found, w=_unit(w, codes), error=error, codes=codes)
+        again = torch.nonzero(error > self.tol).flatten()
+        again = again[~_proof(codes[again])]
+        if again.numel():
+            other = self._points(program.select(again), None, False)
+            better = (other.error < error[again]) | _proof(other.codes)
+            take, rows = torch.nonzero(better).flatten(), again[better]
+            found.w[rows], found.error[rows] = other.w[take], other.error[take]
+            found.codes[rows] = other.codes[take]
+            found.steps[again] += other.steps
+            found = replace(found, L=None)
+        return found
+
+    def _points(self, program: Program, start: Tensor | None, keep: bool) -> "Found":
         size = self.chunk or _chunk_size(program)
         parts = []
         for i in range(0, program.batch, size):
@@ -175,8 +200,21 @@ def _certificate(state: interior.State, hit: Tensor, which: int) -> Tensor:
         x, v = torch.zeros_like(x), -state.z[hit]
     else:
         y, v = torch.zeros_like(y), state.s[hit]
-    w = torch.cat([x, y, v], 1)
-    return w / w.abs().amax(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+    return torch.cat([x, y, v], 1) / _length(torch.cat([x, y, v], 1))
+
+
+def _length(w: Tensor) -> Tensor:
+    return w.abs().amax(1, keepdim=True).clamp_min(torch.finfo(w.dtype).tiny)
+
+
+def _unit(w: Tensor, codes: Tensor) -> Tensor:
+    """w, certificates at length one."""
+    return torch.where(_proof(codes)[:, None], w / _length(w), w)
+
+
+def _proof(codes: Tensor) -> Tensor:
+    """Where w proves that there is no solution."""
+    return (codes == Status.INFEASIBLE.code) | (codes == Status.UNBOUNDED.code)
 
 
 def solve(
@@ -211,7 +249,6 @@ def solve(
         found, codes, error, steps = best.w, best.codes, best.error, best.steps
         w, inverse = _attached(work, best, order)
         extra = {"point": w.detach(), "inverse": inverse}
-    proved = (codes == Status.INFEASIBLE.code) | (codes == Status.UNBOUNDED.code)
     x, y, v = work.split(w)
     s = work.cones.project(v)
     objective = 0.5 * (x * work.quadratic(x)).sum(1) + (work.q * x).sum(1)
@@ -223,7 +260,7 @@ def solve(
         "dual": (s - v).to(dtype),
         "slack": s.to(dtype),
         "error": error,
-        "certificate": torch.where(proved[:, None], found, torch.nan),
+        "certificate": torch.where(_proof(codes)[:, None], found, torch.nan),
         **extra,
     }
     solution = Solution(
@@ -251,16 +288,16 @@ def _found(
     )
 
 
-def _attached(work: Program, found: Found, order: int) -> tuple[Tensor, "_Inverse"]:
+def _attached(work: Program, found: Found, order: int) -> tuple[Tensor, "Inverse"]:
     """w with its derivatives, NaN where there is no solution."""
     failed, w, plain, L = found.codes != Status.CONVERGED.code, found.w, work.detached(), found.L
     if not bool(failed.any()):
-        inverse = _Inverse(plain, w, failed, L)
+        inverse = Inverse(plain, w, failed, L)
         return attach_root(work.residual, w, inverse, order), inverse
     work = work.tamed(failed)
     plain = work.detached()
     w = torch.where(failed[:, None], plain.trivial(), w)
-    inverse = _Inverse(plain, w, failed, None)
+    inverse = Inverse(plain, w, failed, None)
     point = attach_root(work.residual, w, inverse, order)
     return point + torch.where(failed, torch.nan, 0.0)[:, None], inverse
 
@@ -285,9 +322,7 @@ def _check(solution: Solution, on_failure: str) -> None:
     if on_failure == "nan":
         return
     certificate = solution.stats["certificate"]
-    impossible = (solution.codes == Status.INFEASIBLE.code) | (
-        solution.codes == Status.UNBOUNDED.code
-    )
+    impossible = _proof(solution.codes)
     if on_failure == "raise" and bool(impossible.any()):
         bad = torch.nonzero(impossible).flatten()
         parts = []
@@ -304,32 +339,6 @@ def _check(solution: Solution, on_failure: str) -> None:
             instances=bad,
         )
     solution.check(on_failure)
-
-
-class _Inverse:
-    """J^-1 at a solution, factorised when it is first needed."""
-
-    def __init__(self, program: Program, w: Tensor, failed: Tensor, L: Tensor | None):
-        self.program, self.w, self.failed, self.L = program, w, failed, L
-        self._kkt: KKT | None = None
-
-    @property
-    def kkt(self) -> KKT:
-        """J there."""
-        if self._kkt is None:
-            with torch.no_grad():
-                self._kkt, self.L = KKT(self.program, self.w.detach(), self.L), None
-        return self._kkt
-
-    def apply(self, b: Tensor, transposed: bool) -> Tensor:
-        """w with J w = b, or J'w = b."""
-        if not bool(self.failed.any()):
-            return self.kkt.solve(b, transposed)[0]
-        # What was not solved has no derivative: NaN where one is asked for.
-        rows = self.failed[:, None]
-        w, _ = self.kkt.solve(torch.where(rows, torch.zeros_like(b), b), transposed)
-        asked = rows & (b != 0).any(1, keepdim=True)
-        return torch.where(asked, torch.nan, w)
 
 
 def gradient_certificate(solution: Solution) -> dict[str, Tensor]:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..implicit import Limit
 from ..solution import Status
 from .cones import Cones
-from .newton import KKT
+from .newton import Inverse
 from .program import Program
 
 # (program without its tensors' graph) -> w, codes, error, steps
@@ -149,12 +149,7 @@ class _Solve(torch.autograd.Function):
     def forward(
         b: Tensor, back: bool, cones: Any, w: Tensor, failed: Tensor, *data: Tensor | None
     ) -> Tensor:
-        program = _program(data, cones)
-        with torch.no_grad():
-            kkt = KKT(program, w)
-            u, _ = kkt.solve(torch.where(failed[:, None], 0.0, b), back)
-        asked = failed[:, None] & (b != 0).any(1, keepdim=True)
-        return torch.where(asked, torch.nan, u)
+        return Inverse(_program(data, cones), w, failed).apply(b, back)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
