@@ -38,6 +38,8 @@ ORDER = (
     "layers",
     "convex",
     "lifted",
+    "states",
+    "compress",
     "robust",
     "certify",
     "dro",

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from .balance import Balance, balance
 from .cones import derivative
-from .program import Program, cholesky_solve, size_of
+from .program import Program, cholesky_solve, chunks, size_of
 
 # Relative residual at which a solve with J is as good as the data of most problems. A step of
 # refinement about squares it, so one that starts below the root of this is not checked: looking at
@@ -207,26 +207,48 @@ class Inverse:
         return balance(self.program)
 
     @functools.cached_property
-    def kkt(self) -> KKT:
-        """J there, in the units of `balance`."""
-        with torch.no_grad():
-            p, w, u = self.program, self.w, self._units
-            L, self.L = self.L, None
-            return KKT(p, w, L) if u is None else KKT(u.scaled(p), u.into(p, w), L)
+    def _parts(self) -> list[tuple[slice, KKT]]:
+        """J there, in the units of `balance`, some instances at a time."""
+        p, w, u = self.program, self.w, self._units
+        if u is not None:
+            p, w = u.scaled(p), u.into(p, w)
+        L, self.L = self.L, None
+        out = []
+        for part in chunks(p):
+            some = p if part.stop >= p.batch and not part.start else p.select(part)
+            out.append((part, KKT(some, w[part], None if L is None else L[part])))
+        return out
+
+    @torch.no_grad()
+    def solve(self, r: Tensor, back: bool) -> tuple[Tensor, Tensor]:
+        """As `KKT.solve`, in the units of `balance`."""
+        found = [kkt.solve(r[part], back) for part, kkt in self._parts]
+        return _joined([w for w, _ in found], r), _joined([e for _, e in found], r[:, 0])
+
+    @torch.no_grad()
+    def margin(self) -> Tensor:
+        """As `KKT.margin`, in the units of `balance`."""
+        return _joined([kkt.margin() for _, kkt in self._parts], self.w[:, 0])
 
     @torch.no_grad()
     def apply(self, b: Tensor, transposed: bool) -> Tensor:
         """w with J w = b, or J'w = b; NaN where one is asked for that does not exist."""
         hit = bool(self.failed.any())
         rows = self.failed[:, None]
-        kkt, u, p = self.kkt, self._units, self.program
+        u, p = self._units, self.program
         r = torch.where(rows, 0.0, b) if hit else b
         if u is None:
-            w, _ = kkt.solve(r, transposed)
-        elif transposed:
-            w = u.residual(p, kkt.solve(u.step(p, kkt.D, r), True)[0])
+            w, _ = self.solve(r, transposed)
         else:
-            w = u.step(p, kkt.D, kkt.solve(u.residual(p, r))[0])
+            D = derivative(p.cones, p.split(u.into(p, self.w))[2])
+            if transposed:
+                w = u.residual(p, self.solve(u.step(p, D, r), True)[0])
+            else:
+                w = u.step(p, D, self.solve(u.residual(p, r), False)[0])
         if not hit:
             return w
         return torch.where(rows & (b != 0).any(1, keepdim=True), torch.nan, w)
+
+
+def _joined(parts: list[Tensor], like: Tensor) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat([like[:0], *parts])

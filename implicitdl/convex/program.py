@@ -8,6 +8,7 @@ x, y, z solve it where, with v = s - z, s = Pi_K(v) and z = s - v,
 """
 
 import functools
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -291,3 +292,15 @@ def _relative(r: Tensor, *terms: Tensor) -> Tensor:
     for t in terms[1:]:
         size = torch.maximum(size, size_of(t))
     return size_of(r) / (1 + size)
+
+
+def chunks(program: Program, size: int | None = None) -> list[slice]:
+    """The batch in parts of one size or, by default, of as many instances as a CPU's cache is good
+    for: more are slower, and so are far fewer."""
+    n, p, M = program.sizes
+    batch = program.batch
+    if size is None and program.q.device.type == "cpu":
+        most = max(16, int(1e6 / max(1, n * (n + p + M))))
+        size = math.ceil(batch / max(1, math.ceil(batch / most)))
+    size = max(1, batch if size is None else size)
+    return [slice(i, i + size) for i in range(0, batch, size)]

@@ -1,7 +1,6 @@
 """Solving a batch of cone programs, and the Solution that comes of it."""
 
 import functools
-import math
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +13,7 @@ from ..solution import InfeasibleError, Solution, Status, check_on_failure
 from . import interior, transforms
 from .balance import balance
 from .newton import Factors, Inverse, polished
-from .program import Program
+from .program import Program, chunks
 
 # Relative error that the first interior-point steps, in float32, go down to, and how many of these
 # there are at most.
@@ -79,11 +78,9 @@ class ConeSolver:
         return found
 
     def _points(self, program: Program, start: Tensor | None, keep: bool) -> "Found":
-        size = self.chunk or _chunk_size(program)
         parts = []
-        for i in range(0, program.batch, size):
-            part = slice(i, i + size)
-            some = program if size >= program.batch else program.select(part)
+        for part in chunks(program, self.chunk):
+            some = program if part.stop - part.start >= program.batch else program.select(part)
             parts.append(self._chunk(some, None if start is None else start[part], keep))
         if len(parts) == 1:
             return parts[0]
@@ -184,15 +181,6 @@ class Found:
     L: Tensor | None
 
 
-def _chunk_size(program: Program) -> int:
-    """As many instances as a CPU's cache is good for: more are slower, and so are far fewer."""
-    if program.q.device.type != "cpu":
-        return max(1, program.batch)
-    n, p, M = program.sizes
-    most = max(16, int(1e6 / max(1, n * (n + p + M))))
-    return max(1, math.ceil(program.batch / math.ceil(max(1, program.batch) / most)))
-
-
 def _certificate(state: interior.State, hit: Tensor, which: int) -> Tensor:
     """(x, y, s - z) of the proof, of length one."""
     x, y, v = state.x[hit], state.y[hit], state.s[hit] - state.z[hit]
@@ -245,9 +233,10 @@ def solve(
                 f"start: got a solution of shape {tuple(guess.shape)}, expected "
                 f"{(program.batch, sum(program.sizes))}: one of the same batch and sizes."
             )
-        best = _found(work.detached(), solver, guess, keep=not constant())
+        plain = work.detached()
+        best = _found(plain, solver, guess, keep=not constant())
         found, codes, error, steps = best.w, best.codes, best.error, best.steps
-        w, inverse = _attached(work, best, order)
+        w, inverse = _attached(work, plain, best, order)
         extra = {"point": w.detach(), "inverse": inverse}
     x, y, v = work.split(w)
     s = work.cones.project(v)
@@ -277,8 +266,13 @@ def _found(
     """What the solver makes of a program that may have data that are not finite."""
     sick = ~program.finite()
     hit = bool(sick.any())
-    with torch.no_grad():
+    # What is done without a graph takes a fifth less time if torch is told so.
+    with torch.inference_mode():
         found = solver.points(program.tamed(sick) if hit else program, guess, keep)
+    found = replace(
+        found, w=found.w.clone(), codes=found.codes.clone(), error=found.error.clone(),
+        steps=found.steps.clone(),
+    )  # fmt: skip
     if not hit:
         return found
     return replace(
@@ -288,9 +282,9 @@ def _found(
     )
 
 
-def _attached(work: Program, found: Found, order: int) -> tuple[Tensor, "Inverse"]:
+def _attached(work: Program, plain: Program, found: Found, order: int) -> tuple[Tensor, "Inverse"]:
     """w with its derivatives, NaN where there is no solution."""
-    failed, w, plain, L = found.codes != Status.CONVERGED.code, found.w, work.detached(), found.L
+    failed, w, L = found.codes != Status.CONVERGED.code, found.w, found.L
     if not bool(failed.any()):
         inverse = Inverse(plain, w, failed, L)
         return attach_root(work.residual, w, inverse, order), inverse
@@ -353,14 +347,12 @@ def gradient_certificate(solution: Solution) -> dict[str, Tensor]:
         with J' for a probe; `degenerate`, whether the first is below 1e-7 or the second above 1e-6:
         the solution is then not differentiable, or not unique, and a gradient is one of several.
     """
-    kkt = solution.stats["inverse"].kkt
-    with torch.no_grad():
-        probe = torch.randn(
-            kkt.v.shape[0], sum(kkt.program.sizes), dtype=kkt.v.dtype,
-            generator=torch.Generator().manual_seed(0),
-        ).to(kkt.v.device)  # fmt: skip
-        _, residual = kkt.solve(probe, True)
-        margin = kkt.margin()
+    inverse: Inverse = solution.stats["inverse"]
+    probe = torch.randn(
+        inverse.w.shape, dtype=inverse.w.dtype, generator=torch.Generator().manual_seed(0)
+    ).to(inverse.w.device)
+    _, residual = inverse.solve(probe, True)
+    margin = inverse.margin()
     return {
         "strict_complementarity": margin,
         "adjoint_residual": residual,
