@@ -43,6 +43,7 @@ ORDER = (
     "robust",
     "certify",
     "dro",
+    "estimators",
     "_data",
     "_train",
     "plot",

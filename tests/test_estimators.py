@@ -1,0 +1,80 @@
+"""The scikit-learn door: scikit-learn's own checks, and what its users do with an estimator."""
+
+import numpy as np
+import pytest
+import torch
+from sklearn.datasets import load_breast_cancer, load_diabetes
+from sklearn.model_selection import GridSearchCV, cross_val_score
+from sklearn.pipeline import make_pipeline
+from sklearn.preprocessing import MinMaxScaler
+from sklearn.utils.estimator_checks import check_estimator
+
+from implicitdl.estimators import ImplicitClassifier, ImplicitRegressor
+
+SMALL = {"states": 8, "epochs": 25, "batch_size": 32, "random_state": 0}
+# scikit-learn itself warns of checks that it leaves out.
+LEAVES_OUT = pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarning")
+
+
+@LEAVES_OUT
+@pytest.mark.parametrize("kind", [ImplicitClassifier, ImplicitRegressor])
+def test_checks_of_scikit_learn(kind):
+    check_estimator(kind(**{**SMALL, "epochs": 8, "learning_rate": 0.03}))
+
+
+def test_pipeline_and_search():
+    X, y = load_breast_cancer(return_X_y=True)
+    pipeline = make_pipeline(MinMaxScaler(), ImplicitClassifier(**SMALL))
+    search = GridSearchCV(pipeline, {"implicitclassifier__states": [2, 8]}, cv=2).fit(X, y)
+    assert search.best_score_ > 0.94
+    names = np.array(["benign", "malignant"])[y]
+    model = ImplicitClassifier(**SMALL).fit(X, names)
+    assert set(model.predict(X)) == {"benign", "malignant"}
+    p = model.predict_proba(X)
+    np.testing.assert_allclose(p.sum(1), 1.0)
+    np.testing.assert_array_equal(model.classes_[p.argmax(1)], model.predict(X))
+
+
+def test_regression():
+    X, y = load_diabetes(return_X_y=True)
+    model = ImplicitRegressor(states=10, epochs=30, weight_decay=0.1, random_state=0)
+    assert cross_val_score(model, X, y, cv=3).mean() > 0.35  # a linear fit has 0.49
+    two = model.fit(X, np.stack([y, -2 * y], 1)).predict(X)
+    assert two.shape == (len(X), 2)
+    single = X.astype(np.float32)
+    assert model.fit(single, y.astype(np.float32)).predict(single).dtype == np.float32
+
+
+def test_the_global_generator_is_left_alone_and_seeds_decide():
+    X, y = load_diabetes(return_X_y=True)
+    X, y = X[:60], y[:60]
+    torch.manual_seed(7)
+    before = torch.random.get_rng_state()
+    a, b = (ImplicitRegressor(**SMALL).fit(X, y).predict(X) for _ in range(2))
+    np.testing.assert_array_equal(a, b)
+    assert torch.equal(before, torch.random.get_rng_state())
+
+
+@pytest.mark.parametrize(
+    "change, match",
+    [
+        ({"states": 0}, "states: got 0"),
+        ({"epochs": 1.5}, "epochs: got 1.5"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"weight_decay": float("nan")}, "weight_decay"),
+        ({"activation": "relish"}, "relish"),
+    ],
+)
+def test_bad_parameters(change, match):
+    X, y = np.random.default_rng(0).normal(size=(20, 3)), np.arange(20) % 2
+    with pytest.raises(ValueError, match=match):
+        ImplicitClassifier(**{**SMALL, **change}).fit(X, y)
+
+
+def test_bad_data():
+    X = np.random.default_rng(0).normal(size=(20, 3))
+    with pytest.raises(ValueError, match="one class"):
+        ImplicitClassifier().fit(X, np.zeros(20))
+    X[3, 1] = np.nan
+    with pytest.raises(ValueError, match="NaN"):
+        ImplicitClassifier().fit(X, np.arange(20) % 2)
