@@ -5,6 +5,8 @@ rounding, and the optimality conditions, through the library's one engine, give 
 """
 
 from .cones import Cones
+from .door import ConvexLayer
+from .door_interface import NativeCone
 from .layers import ConeProgram, LinearProgram, QuadraticProgram
 from .projections import Projection
 from .solver import ConeSolver, gradient_certificate
@@ -13,7 +15,9 @@ __all__ = [
     "ConeProgram",
     "ConeSolver",
     "Cones",
+    "ConvexLayer",
     "LinearProgram",
+    "NativeCone",
     "Projection",
     "QuadraticProgram",
     "gradient_certificate",
