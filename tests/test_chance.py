@@ -320,6 +320,19 @@ def test_the_correction_fades_with_samples_and_protects():
     assert truth.simulate(x, 20_000, generator=torch.Generator().manual_seed(12)).high.max() < 0.05
 
 
+@pytest.mark.parametrize("errors", [{"shift": 0.7}, {"radius": 0.2}, {"shift": 0.7, "radius": 0.2}])
+def test_errors_of_the_mean_are_kept_from_the_limit(errors):
+    """mean'x + (kappa + shift) ||factor'x|| + radius ||x|| <= b, by its definition."""
+    base = moments()
+    rows = Moments(mean=base.mean, factor=base.factor, **errors)
+    p = ChanceConstrainedLP(-torch.ones(N), rows, torch.ones(M), eps=0.05, low=0.0, high=3.0)
+    x = p.solve().value
+    k = stats.norm.ppf(0.95) + errors.get("shift", 0.0)
+    used = rows.mean @ x + k * (rows.factor.mT @ x).norm(dim=-1)
+    used = used + errors.get("radius", 0.0) * x.norm()
+    assert float(used.max()) == pytest.approx(1.0, abs=1e-7)
+
+
 def test_new_data_can_be_counted():
     p = program()
     x = p.solve().value

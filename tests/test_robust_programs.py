@@ -307,6 +307,34 @@ def test_largest_radius_of_a_batch():
     assert caught.value.instances.tolist() == [2]
 
 
+@pytest.mark.parametrize("seed", [0, 11])
+def test_largest_radius_of_sets_without_the_origin(seed):
+    """A size that x bears may follow one that it does not: what counts is all sizes up to r."""
+    U = Ball(radius=0.05, centre=0.2 * normal(M, N, seed=seed + 50))
+    E, d = torch.ones(1, N), torch.ones(1)
+    p = RobustLP(C, A, B, uncertainty=U, equality=(E, d), low=-2.0, high=2.0)
+    found = p.largest_radius()
+    r = found.stats["radius"]
+    assert p.radius(found.value) == pytest.approx(float(r), rel=1e-7)
+    t = torch.linspace(-2, 2, 161)
+    x = torch.cartesian_prod(t, t)
+    x = torch.cat([x, 1 - x.sum(1, keepdim=True)], 1)
+    x = x[x[:, 2].abs() <= 2]
+    assert r >= p.radius(x).max()
+    for size in (0.0, 0.3, 0.9):
+        part = p.scaled(size * (r if torch.isfinite(r) else 1e3))
+        assert part.violation(found.value).max() <= 1e-6
+
+
+def test_rounding_is_no_violation():
+    """A row without uncertainty that is met with equality does not bound the radius."""
+    p = program("rows")
+    x = p.solve().value
+    x[0] += float((B - A @ x)[1] / A[1, 0])  # onto the certain row, and a rounding beyond it
+    x[0] += 1e-12 * float(A[1, 0].sign())
+    assert (A @ x - B)[1] > 0 and torch.isfinite(program("rows", rhs=None).radius(x))
+
+
 def test_radius_by_hand():
     p = RobustLP(
         torch.zeros(2), torch.eye(2), torch.tensor([1.0, 2.0]),

@@ -375,7 +375,7 @@ class RobustLP:
         """
         x = self._point(x)
         slack = self.b - (self.A @ x[..., None])[..., 0]
-        return ratio(slack, self.protection(x)).amin(-1)
+        return ratio(slack, self.protection(x), self.b).amin(-1)
 
     def trade_off(
         self, radii: Tensor, *, solver: ConeSolver | None = None, on_failure: str = "nan"

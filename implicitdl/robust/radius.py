@@ -28,14 +28,20 @@ if TYPE_CHECKING:
 
 MAX_STEPS = 40
 TOL = 1e-9  # of r, relative to 1 + r
+ROUNDING = 1e-7
 HUGE = 1e7  # a radius beyond which none is the largest
 
 
-def ratio(slack: Tensor, h: Tensor) -> Tensor:
-    """slack / h, infinite where h <= 0: a larger set then asks for no more."""
+def ratio(slack: Tensor, h: Tensor, limit: Tensor) -> Tensor:
+    """slack / h, infinite where h <= 0: a larger set then asks for no more.
+
+    Such a row is broken where its slack is below -1e-7 (1 + |limit|): a solution meets its rows with
+    equality up to rounding, and that is no violation.
+    """
     held = h > 0
     out = slack / torch.where(held, h, torch.ones_like(h))
-    return torch.where(held, out, torch.where(slack >= 0, math.inf, -math.inf).to(out))
+    met = slack >= -ROUNDING * (1 + limit.abs())
+    return torch.where(held, out, torch.where(met, math.inf, -math.inf).to(out))
 
 
 def largest_radius(
@@ -206,20 +212,22 @@ def _capped(program: "RobustLP", parts: list[Conic], cap: Tensor, n: int) -> tup
 
 def _radius(program: "RobustLP", x: Tensor, cost: Tensor | None) -> tuple[Tensor, Tensor]:
     """The largest r for x, and h_i(x) of all rows, that of the objective included."""
-    slack = program.b - (program.A @ x[..., None])[..., 0]
-    h = program.protection(x)
+    limit = program.b
+    slack, h = limit - (program.A @ x[..., None])[..., 0], program.protection(x)
     if cost is not None:
         U: UncertaintySet | None = program.objective
         left = cost - (program.c * x).sum(-1)
         own = torch.zeros_like(left) if U is None else U.support(x)
-        left, own = torch.broadcast_tensors(left, own)
-        width = torch.broadcast_shapes(slack.shape[:-1], h.shape[:-1], left.shape)
-        slack, h = (t.expand(*width, t.shape[-1]) for t in (slack, h))
-        slack = torch.cat([slack, left.expand(width)[..., None]], -1)
-        h = torch.cat([h, own.expand(width)[..., None]], -1)
-    # Rounding must not make a row of no uncertainty, met with equality, a broken one.
-    slack = torch.where((h <= 0) & (slack > -1e-7 * (1 + slack.abs().amax())), 0.0, slack)
-    return ratio(slack, h).amin(-1), h
+        slack, h, limit = (
+            _beside(rows, last) for rows, last in ((slack, left), (h, own), (limit, cost))
+        )
+    return ratio(slack, h, limit).amin(-1), h
+
+
+def _beside(rows: Tensor, last: Tensor) -> Tensor:
+    """One more entry.  # (..., m), (...) -> (..., m + 1)"""
+    lead = torch.broadcast_shapes(rows.shape[:-1], last.shape)
+    return torch.cat([rows.expand(*lead, -1), last.expand(lead)[..., None]], -1)
 
 
 def _weights(h: Tensor) -> Tensor:
