@@ -6,14 +6,22 @@ The map, in reading order:
     ImplicitModel, stack                                            the algebra
     to_implicit                                                     networks as implicit models
     fixed_point, attach, Implicit, OneStep                          solves with gradients
-    solvers, activations, wellposed, convert, convex, plot          modules
     Solution, Status, and the errors                                what comes back
+
+and its modules, each imported when it is first used:
+
+    activations, solvers, wellposed, operators     what models consist of
+    convert, states, compress                      networks into implicit models, and smaller ones
+    lifted                                         training without back-propagation
+    convex, robust, dro                            convex programs, uncertain ones, uncertain data
+    certify                                        bounds, attacks, certified accuracy
+    estimators                                     scikit-learn's interface
+    plot                                           pictures
 """
 
 import importlib
 from typing import Any
 
-from . import activations, convert, convex, solvers, wellposed
 from .convert import to_implicit
 from .implicit import Implicit, OneStep, attach, fixed_point
 from .layers import EquilibriumLayer, ImplicitLayer, ImplicitRNN, MonotoneLayer
@@ -45,20 +53,24 @@ __all__ = [
     "OneStep",
     "Solution",
     "Status",
-    "activations",
     "attach",
-    "convert",
-    "convex",
     "fixed_point",
-    "plot",
-    "solvers",
     "stack",
     "to_implicit",
-    "wellposed",
 ]
 
 
+_MODULES = (
+    "activations", "certify", "compress", "convert", "convex", "dro", "estimators", "lifted",
+    "operators", "plot", "robust", "solvers", "states", "wellposed",
+)  # fmt: skip
+
+
 def __getattr__(name: str) -> Any:
-    if name == "plot":  # its names are looked up once it is used
-        return importlib.import_module(".plot", __name__)
+    if name in _MODULES:
+        return importlib.import_module(f".{name}", __name__)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__, *_MODULES})

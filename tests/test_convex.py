@@ -496,6 +496,32 @@ def test_transforms():
     torch.testing.assert_close(J, jacrev(lambda c: layer(None, c, G[0], h[0]))(c[0]))
 
 
+def test_what_is_barely_infeasible_is_proved_to_be():
+    """x in the unit disc with x_1 >= t: feasible to t = 1, and proved not to be right after."""
+    G = torch.tensor([[-1.0, 0.0], [0.0, 0.0], [-1.0, 0.0], [0.0, -1.0]])
+    t = torch.tensor([0.999, 1.0001, 1.001, 1.1])
+    h = torch.stack([-t, torch.ones(4), torch.zeros(4), torch.zeros(4)], 1)
+    found = ConeProgram(Cones(1, (3,)), on_failure="nan").solve(None, torch.ones(2), G, h)
+    assert found.statuses == [Status.CONVERGED] + 3 * [Status.INFEASIBLE]
+    z = -found.stats["certificate"][1:, 2:]
+    down = -(z * h[1:]).sum(1)
+    assert ((z @ G).abs().amax(1) < 1e-9 * down).all()
+    assert Cones(1, (3,)).depth(z).min() >= 0
+
+
+def test_what_failed_does_not_touch_gradients_of_shared_data():
+    c, G, h, K = robust(3)
+    G, h = G[0].requires_grad_(), h.clone()
+    h[1, 0] = -6.0  # no feasible point
+    found = ConeProgram(K, on_failure="nan").solve(None, c, G, h)
+    alone = ConeProgram(K).solve(None, c[::2], G, h[::2])
+    for key in ("dual", "slack", "objective"):
+        assert found.stats[key][1].isnan().all()
+        (g,) = torch.autograd.grad(found.stats[key][::2].pow(2).sum(), G, retain_graph=True)
+        (e,) = torch.autograd.grad(alone.stats[key].pow(2).sum(), G, retain_graph=True)
+        torch.testing.assert_close(g, e)
+
+
 def test_transforms_and_failure():
     P, q, G, h, _, _ = quadratic(3, 3, 4)
     G[1], h[1] = 0.0, -1.0  # no feasible point

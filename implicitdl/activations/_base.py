@@ -94,6 +94,11 @@ class Activation(abc.ABC):
         return True
 
     @property
+    def isotone(self) -> bool:
+        """Whether larger entries in give no smaller entries out."""
+        return self.entrywise and self.slope[0] >= 0
+
+    @property
     def symmetric(self) -> bool:
         """Whether the Jacobian is symmetric, so that `product` serves for its transpose, too."""
         return True

@@ -40,6 +40,7 @@ class MaxPool(Activation):
     entrywise = False
     symmetric = False
     homogeneous = True
+    isotone = True
     infinity_lipschitz = 1.0
     _out: ClassVar[tuple[int, ...]]
 

@@ -46,6 +46,7 @@ class State:
 
 
 SOLVED, INFEASIBLE, UNBOUNDED, GOING, BROKEN = range(5)
+_GONE = 1e-13
 
 
 def solve(
@@ -60,7 +61,7 @@ def solve(
         max_steps: most steps.
         v: a state to go on from.
     """
-    v = start(program) if v is None else v
+    whole, v = program, start(program) if v is None else v
     state, rows = State(v.data.clone(), v.sizes), torch.arange(program.batch, device=v.data.device)
     outcome, steps = torch.full_like(rows, GOING), torch.zeros_like(rows)
     r = Residuals(program, v)
@@ -84,7 +85,37 @@ def solve(
         r = Residuals(program, v)
         new = _outcome(program, v, r, tol, proof)
         now = torch.where(going, torch.where(ok, new, BROKEN), now)
+    stuck = torch.nonzero((outcome == GOING) | (outcome == BROKEN)).flatten()
+    if proof and stuck.numel():
+        found, hit = _proved(whole.select(stuck), state.select(stuck), proof)
+        state.data[stuck] = torch.where(hit[:, None], found.data, state.data[stuck])
+        outcome[stuck] = torch.where(hit, INFEASIBLE, outcome[stuck])
     return state, outcome, steps
+
+
+def _proved(program: Program, v: State, proof: float) -> tuple[State, Tensor]:
+    """States whose y and z fulfil A'y + G'z = 0 to rounding, and which of them prove that no x is
+    feasible: near the border of infeasibility the steps' own rounding hides it."""
+    G, A = program.rows
+    n, p, _ = v.sizes
+    H = G.M.mT @ G.M
+    H = H.expand(v.data.shape[0], n, n).clone() if H.dim() == 2 else H
+    if p:
+        H += program.gram
+    d = H.diagonal(dim1=-2, dim2=-1)
+    d += 4 * torch.finfo(H.dtype).eps * d.amax(-1, keepdim=True).clamp_min(1.0)
+    L = torch.linalg.cholesky_ex(H)[0]
+    y, z = v.y, v.z
+    for _ in range(2):
+        back = G.back(z) + A.back(y) if p else G.back(z)
+        move = cholesky_solve(L, back[:, None])[:, 0]
+        z = z - G.times(move)
+        y = y - A.times(move) if p else y
+    back = G.back(z) + A.back(y) if p else G.back(z)
+    down = -(_dot(program.h, z) + _dot(program.b, y))[:, 0]
+    inside = program.cones.depth(z) >= 0
+    hit = inside & (v.kappa > v.tau)[:, 0] & (down > 0) & (size_of(back) < proof * down)
+    return State(torch.cat([v.x, y, z, v.s, v.tau, v.kappa], 1), v.sizes), hit
 
 
 class Factor:
@@ -211,6 +242,8 @@ def _outcome(program: Program, v: State, r: Residuals, tol: float, proof: float)
     if program.b.shape[1]:
         ray = torch.maximum(ray, size_of(r.Ax))
     unbounded = late & (fall > 0) & (ray < proof * fall)
+    # Where tau is gone and nothing is proved, further steps do not change that.
+    out = torch.where(late & (v.tau < _GONE * v.kappa)[:, 0], BROKEN, out)
     out = torch.where(unbounded, UNBOUNDED, out)
     return torch.where(infeasible, INFEASIBLE, out)
 

@@ -224,7 +224,7 @@ def solve(
         if start is not None:
             raise ValueError("start: got one inside a torch.func transform, expected None there.")
         check = functools.partial(_values, solver=solver, on_failure=on_failure)
-        w, codes, error, steps, found = transforms.root(work, check, order)
+        work, w, codes, error, steps, found = transforms.root(work, check, order)
         extra: dict[str, Any] = {}
     else:
         guess = None if start is None else start.stats["point"].to(torch.float64)
@@ -236,24 +236,31 @@ def solve(
         plain = work.detached()
         best = _found(plain, solver, guess, keep=not constant())
         found, codes, error, steps = best.w, best.codes, best.error, best.steps
-        w, inverse = _attached(work, plain, best, order)
+        work, w, inverse = _attached(work, plain, best, order)
         extra = {"point": w.detach(), "inverse": inverse}
+    # What was not solved is NaN at the very end: before, it would be in gradients of shared data.
+    failed = codes != Status.CONVERGED.code
+    gap = torch.where(failed, torch.nan, 0.0)[:, None].to(w)
     x, y, v = work.split(w)
     s = work.cones.project(v)
     objective = 0.5 * (x * work.quadratic(x)).sum(1) + (work.q * x).sum(1)
     dtype = program.q.dtype
     stats: dict[str, Any] = {
         "solver": "interior point and Newton",
-        "objective": objective.to(dtype),
-        "equality_dual": y.to(dtype),
-        "dual": (s - v).to(dtype),
-        "slack": s.to(dtype),
+        "objective": (objective + gap[:, 0]).to(dtype),
+        "equality_dual": (y + gap).to(dtype),
+        "dual": (s - v + gap).to(dtype),
+        "slack": (s + gap).to(dtype),
         "error": error,
         "certificate": torch.where(_proof(codes)[:, None], found, torch.nan),
-        **extra,
+        **{k: t + gap if k == "point" else t for k, t in extra.items()},
     }
     solution = Solution(
-        value=x.to(dtype), codes=codes, residual=error / solver.tol, steps=steps, stats=stats
+        value=(x + gap).to(dtype),
+        codes=codes,
+        residual=error / solver.tol,
+        steps=steps,
+        stats=stats,
     )
     if not inside_transform():  # where `_values` has looked already
         _check(solution, on_failure)
@@ -282,18 +289,18 @@ def _found(
     )
 
 
-def _attached(work: Program, plain: Program, found: Found, order: int) -> tuple[Tensor, "Inverse"]:
-    """w with its derivatives, NaN where there is no solution."""
-    failed, w, L = found.codes != Status.CONVERGED.code, found.w, found.L
+def _attached(
+    work: Program, plain: Program, found: Found, order: int
+) -> tuple[Program, Tensor, Inverse]:
+    """The program, harmless where it has no solution, and w with its derivatives."""
+    failed, w = found.codes != Status.CONVERGED.code, found.w
     if not bool(failed.any()):
-        inverse = Inverse(plain, w, failed, L)
-        return attach_root(work.residual, w, inverse, order), inverse
+        inverse = Inverse(plain, w, failed, found.L)
+        return work, attach_root(work.residual, w, inverse, order), inverse
     work = work.tamed(failed)
     plain = work.detached()
-    w = torch.where(failed[:, None], plain.trivial(), w)
-    inverse = Inverse(plain, w, failed, None)
-    point = attach_root(work.residual, w, inverse, order)
-    return point + torch.where(failed, torch.nan, 0.0)[:, None], inverse
+    inverse = Inverse(plain, torch.where(failed[:, None], plain.trivial(), w), failed)
+    return work, attach_root(work.residual, inverse.w, inverse, order), inverse
 
 
 def _values(

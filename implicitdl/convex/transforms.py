@@ -23,9 +23,9 @@ Solver = Callable[[Program], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 def root(
     program: Program, solver: Solver, order: int
-) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """w = (x, y, s - z), differentiable, NaN where not solved; codes, error, steps and what was
-    found before it was made differentiable."""
+) -> tuple[Program, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """The program, harmless where it has no solution; w = (x, y, s - z), differentiable; codes,
+    error, steps and what was found before it was made differentiable."""
     found, codes, error, steps = _Points.apply(program.cones, solver, *_data(program))
     failed = codes != Status.CONVERGED.code
     program = program.tamed(failed)
@@ -34,7 +34,7 @@ def root(
     at = w
     for _ in range(order):
         w = w + _Chord.apply(-program.residual(w), order, program.cones, at, failed, *fixed)
-    return w + torch.where(failed, torch.nan, 0.0)[:, None], codes, error, steps, found
+    return program, w, codes, error, steps, found
 
 
 def _data(program: Program) -> tuple[Tensor | None, ...]:

@@ -37,6 +37,7 @@ __all__ = [
     "Adjoint",
     "Equation",
     "Implicit",
+    "Limit",
     "Neumann",
     "OneStep",
     "Unrolled",

@@ -212,10 +212,6 @@ class Conic:
         # What was not solved is NaN, with the gradient that the engine has for it; it must not turn
         # that of data which others share to NaN.
         points = [solution.value, solution.stats["dual"], solution.stats["equality_dual"]]
-        if bool(failed.any()):
-            # A multiplier's own derivative has no part in this one. Through a cone, that of a failed
-            # instance is NaN even where nothing asks for it.
-            points[1] = points[1].detach()
         w, y, u = (torch.where(failed[..., None], 0.0, found(t)) for t in points)
         over = (wide([self.G, self.W]) @ w[..., None])[..., 0] - self.h
         off = (wide([self.A, self.B]) @ w[..., None])[..., 0] - self.b
