@@ -7,7 +7,7 @@ put its function at the end of `CHAPTERS`. The models in its section reach the c
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from . import classifier, conversion
+from . import classifier, conversion, robust
 from .report import Context, Section
 
 Chapter = Callable[[Context], Section]
@@ -15,6 +15,7 @@ Chapter = Callable[[Context], Section]
 CHAPTERS: list[Chapter] = [
     classifier.chapter,
     conversion.chapter,
+    robust.chapter,
 ]
 
 

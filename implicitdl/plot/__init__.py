@@ -1,4 +1,4 @@
-"""Pictures of training, of solves and of models.
+"""Pictures of training, of solves, of models and of robust programs.
 
 Every function draws on the Axes that it is given, or on a new Figure of its own, and returns the
 Figure. Nothing here touches pyplot, so no window opens and no global state is left behind.
@@ -10,5 +10,15 @@ from .heatmap import matrix
 from .history import training
 from .steps import convergence
 from .structure import blocks
+from .uncertainty import attack, feasible, trade_off
 
-__all__ = ["blocks", "convergence", "matrix", "save", "training"]
+__all__ = [
+    "attack",
+    "blocks",
+    "convergence",
+    "feasible",
+    "matrix",
+    "save",
+    "trade_off",
+    "training",
+]
