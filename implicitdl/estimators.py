@@ -7,6 +7,7 @@ the deviation of the training data; those of a constant feature are left alone. 
 where X is, else in float64.
 """
 
+import itertools
 import math
 from typing import Any
 
@@ -15,6 +16,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from . import lifted
+from .activations import get_activation
 from .layers import ImplicitLayer
 
 try:
@@ -237,4 +240,73 @@ class ImplicitRegressor(_Implicit, _Regressor):
         network_: the `ImplicitLayer`; it takes standardised features and gives standardised targets.
         mean_, scale_, target_mean_, target_scale_: of features and targets.
         loss_curve_: the mean loss of each epoch.
+    """
+
+
+class _Lifted:
+    """The parameters of lifted estimators, and their network."""
+
+    def __init__(
+        self, hidden: "tuple[int, ...]" = (100,), *, activation: str = "relu",
+        penalty: str = "fenchel", epochs: int = 60, batch_size: int = 64,
+        learning_rate: float = 3e-3, weight_decay: float = 1e-3, random_state: Any = None,
+    ):  # fmt: skip
+        self.hidden, self.activation, self.penalty = hidden, activation, penalty
+        self.epochs, self.batch_size, self.learning_rate = epochs, batch_size, learning_rate
+        self.weight_decay, self.random_state = weight_decay, random_state
+
+    def _build(self, features: int, outputs: int, dtype: torch.dtype) -> nn.Module:
+        widths = [features, *self.hidden, outputs]
+        if any(type(w) is not int or w < 1 for w in widths):
+            raise ValueError(f"hidden: got {self.hidden!r}, expected integers >= 1.")
+        layers: list[nn.Module] = []
+        for i, (a, b) in enumerate(itertools.pairwise(widths)):
+            layers += [lifted.Activate(get_activation(self.activation))] if i else []
+            layers.append(nn.Linear(a, b, dtype=dtype))
+        return nn.Sequential(*layers)
+
+    def _train(self, network: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
+        self.report_ = lifted.local(
+            network, x, y, loss="squared" if y.is_floating_point() else "cross_entropy",
+            penalty=self.penalty, schedule="cosine", epochs=self.epochs,
+            batch_size=self.batch_size, seed=generator.initial_seed() % 2**31,
+            optimizer=torch.optim.AdamW(
+                network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+            ),
+        )  # fmt: skip
+        self.n_iter_ = self.epochs
+
+
+class LiftedClassifier(_Lifted, _Classifier):
+    """A feedforward network fitted by cross-entropy with `lifted.local`: no back-propagation.
+
+    Args:
+        hidden: widths of the hidden layers.
+        activation: by name; hard ones are trained, too.
+        penalty: "fenchel", "quadratic" or "askari", as in `lifted.local`.
+        epochs, batch_size, learning_rate, weight_decay, random_state: as in `ImplicitClassifier`.
+
+    Attributes:
+        classes_: the labels.
+        network_: the `nn.Sequential`; it takes standardised features.
+        mean_, scale_: of the features.
+        report_: what `lifted.local` returned.
+
+    Reference:
+        Li et al. (2019), "Lifted proximal operator machines"; Gu, Askari, El Ghaoui (2020), "Fenchel
+        lifted networks".
+    """
+
+
+class LiftedRegressor(_Lifted, _Regressor):
+    """A feedforward network fitted by least squares with `lifted.local`.
+
+    Args:
+        hidden, activation, penalty, epochs, batch_size, learning_rate, weight_decay, random_state:
+            as in `LiftedClassifier`.
+
+    Attributes:
+        network_: the `nn.Sequential`; it takes standardised features and gives standardised targets.
+        mean_, scale_, target_mean_, target_scale_: of features and targets.
+        report_: what `lifted.local` returned.
     """

@@ -9,7 +9,12 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import MinMaxScaler
 from sklearn.utils.estimator_checks import check_estimator
 
-from implicitdl.estimators import ImplicitClassifier, ImplicitRegressor
+from implicitdl.estimators import (
+    ImplicitClassifier,
+    ImplicitRegressor,
+    LiftedClassifier,
+    LiftedRegressor,
+)
 
 SMALL = {"states": 8, "epochs": 25, "batch_size": 32, "random_state": 0}
 # scikit-learn itself warns of checks that it leaves out.
@@ -17,9 +22,18 @@ LEAVES_OUT = pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarn
 
 
 @LEAVES_OUT
-@pytest.mark.parametrize("kind", [ImplicitClassifier, ImplicitRegressor])
-def test_checks_of_scikit_learn(kind):
-    check_estimator(kind(**{**SMALL, "epochs": 8, "learning_rate": 0.03}))
+@pytest.mark.parametrize(
+    "estimator",
+    [
+        ImplicitClassifier(8, epochs=8, learning_rate=0.03, random_state=0),
+        ImplicitRegressor(8, epochs=8, learning_rate=0.03, random_state=0),
+        LiftedClassifier((8,), epochs=10, learning_rate=0.03, random_state=0),
+        LiftedRegressor((8,), epochs=10, learning_rate=0.03, random_state=0),
+    ],
+    ids=lambda e: type(e).__name__,
+)
+def test_checks_of_scikit_learn(estimator):
+    check_estimator(estimator)
 
 
 def test_pipeline_and_search():
@@ -33,6 +47,21 @@ def test_pipeline_and_search():
     p = model.predict_proba(X)
     np.testing.assert_allclose(p.sum(1), 1.0)
     np.testing.assert_array_equal(model.classes_[p.argmax(1)], model.predict(X))
+
+
+def test_lifted_estimators():
+    X, y = load_breast_cancer(return_X_y=True)
+    model = LiftedClassifier((16,), epochs=15, random_state=0)
+    assert cross_val_score(model, X, y, cv=2).mean() > 0.94
+    hard = LiftedClassifier((16, 8), activation="hardtanh", epochs=15, random_state=0)
+    assert hard.fit(X, y).score(X, y) > 0.94
+    X, y = load_diabetes(return_X_y=True)
+    model = LiftedRegressor((16,), epochs=20, weight_decay=0.1, random_state=0)
+    assert cross_val_score(model, X, y, cv=2).mean() > 0.35
+    with pytest.raises(ValueError, match="GELU"):
+        LiftedRegressor((4,), activation="gelu").fit(X, y)
+    with pytest.raises(ValueError, match="hidden"):
+        LiftedRegressor((0,)).fit(X, y)
 
 
 def test_regression():

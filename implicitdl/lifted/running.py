@@ -1,0 +1,145 @@
+"""The loop that all lifted trainers share: best so far, Ctrl-C, checkpoint, progress."""
+
+import abc
+import math
+import os
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from . import checkpoint as files
+from .penalties import Loss
+from .report import Report
+
+
+class Process(abc.ABC):
+    """A training as epochs: what the next depends on, and how to make it."""
+
+    model: nn.Module
+
+    @abc.abstractmethod
+    def epoch(self, number: int) -> dict[str, Any]:
+        """One epoch; returns its record: objective, loss, penalties, feasibility, accuracy."""
+
+    @abc.abstractmethod
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that the next epoch depends on, beside options and data."""
+
+    @abc.abstractmethod
+    def load(self, tensors: dict[str, Tensor]) -> None:
+        """Put it back."""
+
+
+def model_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name."""
+    return {f"model/{name}": t for name, t in model.state_dict().items()}
+
+
+@torch.no_grad()
+def restore(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Write parameters and buffers back, in place."""
+    for name, t in model.state_dict().items():
+        t.copy_(tensors[f"model/{name}"])
+
+
+def _copies(tensors: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {key: t.detach().clone() for key, t in tensors.items()}
+
+
+@torch.no_grad()
+def scores(
+    model: Callable[[Tensor], Tensor], u: Tensor, y: Tensor, loss: Loss, labels: bool
+) -> tuple[float, float]:
+    """The mean loss and the accuracy (nan where the targets are no labels) of the model."""
+    module = model if isinstance(model, nn.Module) else None
+    training = module is not None and module.training
+    if module is not None:
+        module.eval()
+    total, hits = 0.0, 0
+    for rows, wanted in zip(u.split(2000), y.split(2000), strict=True):
+        out = model(rows)
+        total += float(loss.value(wanted, out).sum())
+        hits += int((out.argmax(1) == wanted.argmax(1)).sum())
+    if module is not None:
+        module.train(training)
+    return total / len(u), hits / len(u) if labels else math.nan
+
+
+def run(
+    process: Process,
+    report: Report,
+    epochs: int,
+    *,
+    options: dict[str, Any],
+    validate: Callable[[], float] | None,
+    path: "str | os.PathLike[str] | None",
+    progress: bool,
+    on_epoch: Callable[[Report], Any] | None,
+    keep: str,
+) -> Report:
+    """Make the epochs that are missing, and leave the model with the best or the last parameters.
+
+    Args:
+        process: what to run.
+        report: an empty one, filled as epochs end.
+        epochs: how many in all.
+        options: what a checkpoint must agree with.
+        validate: the validation score of the model as it is now; None without such samples.
+        path: of the checkpoint, written after each epoch and resumed from where it exists.
+        progress: whether to show a bar.
+        on_epoch: called after each epoch; the training ends where it returns True.
+        keep: "best", or "last"; after Ctrl-C it is always the best.
+    """
+    model = process.model
+    best = _copies(model_tensors(model))
+    name = None if path is None else files.require_path(path)
+    if name is not None and os.path.exists(name):
+        now, best = files.load(name, options, report, process.tensors(), best)
+        process.load(now)
+    before = report.seconds[-1] if report.seconds else 0.0
+    start = time.perf_counter()
+    bar = _bar(epochs, report.epochs) if progress else None
+    try:
+        while report.epochs < epochs:
+            record = process.epoch(report.epochs)
+            record["validation"] = math.nan if validate is None else validate()
+            record["seconds"] = before + time.perf_counter() - start
+            report.add(record)
+            if report.best == report.epochs - 1:
+                best = _copies(model_tensors(model))
+            if name is not None:
+                files.save(name, options, report, process.tensors(), best)
+            if bar is not None:
+                bar(report)
+            if on_epoch is not None and on_epoch(report) is True:
+                break
+    except KeyboardInterrupt:
+        report.interrupted = True
+    finally:
+        if bar is not None:
+            bar(None)
+    report.kept = "best" if report.interrupted else keep
+    if report.kept == "best":
+        restore(model, best)
+    return report
+
+
+def _bar(total: int, done: int) -> Callable[[Report | None], None]:
+    """tqdm's bar, or lines of text where it is not installed."""
+    try:
+        from tqdm import tqdm
+    except ImportError:
+        return lambda report: None if report is None else print(report.line(), flush=True)
+    bar = tqdm(total=total, initial=done, unit="epoch")
+
+    def show(report: Report | None) -> None:
+        if report is None:
+            bar.close()
+            return
+        bar.set_postfix_str(report.line(), refresh=False)
+        bar.update(1)
+
+    return show
