@@ -522,6 +522,24 @@ def test_what_failed_does_not_touch_gradients_of_shared_data():
         torch.testing.assert_close(g, e)
 
 
+def test_forward_over_reverse_is_refused_with_the_reason():
+    P, q, G, h, _, _ = quadratic(1, 3, 4)
+    layer = QuadraticProgram(order=2)
+    with pytest.raises(RuntimeError, match="Forward mode over a derivative"):
+        torch.func.hessian(lambda v: layer(P[0], v, G[0], h[0]).pow(2).sum())(q[0])
+
+
+def test_gradients_that_are_not_found_are_told_of():
+    """A constraint that is there twice: x has a derivative, how the multiplier is shared has none."""
+    G = torch.tensor([[1.0, 0.0], [1.0, 0.0], [0.0, 1.0]])
+    h = torch.tensor([1.0, 1.0, 2.0], requires_grad=True)
+    found = LinearProgram().solve(torch.tensor([-1.0, -1.0]), G, h)
+    torch.testing.assert_close(found.value.detach(), torch.tensor([1.0, 2.0]))
+    assert gradient_certificate(found)["degenerate"]
+    with pytest.warns(RuntimeWarning, match=r"index 0\) was not found"):
+        torch.autograd.grad(found.stats["dual"][0], h)
+
+
 def test_transforms_and_failure():
     P, q, G, h, _, _ = quadratic(3, 3, 4)
     G[1], h[1] = 0.0, -1.0  # no feasible point

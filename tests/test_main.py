@@ -20,7 +20,14 @@ from implicitdl._demo import conversion
 from implicitdl._demo.report import Context, Section, table
 from implicitdl._train import standardized
 
-PICTURES = ("training.png", "convergence.png", "matrix.png", "blocks.png")
+PICTURES = (
+    "training.png",
+    "convergence.png",
+    "matrix.png",
+    "blocks.png",
+    "robust.png",
+    "attack.png",
+)
 
 
 def run(*arguments: str, cwd: Path) -> subprocess.CompletedProcess[str]:

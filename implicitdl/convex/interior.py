@@ -133,9 +133,10 @@ class Factor:
             H += program.P
         if self.p:
             H += program.gram
-        size = H.diagonal(dim1=-2, dim2=-1)
+        d = H.diagonal(dim1=-2, dim2=-1)
         eps = 4 * torch.finfo(H.dtype).eps
-        size += eps * size.amax(-1, keepdim=True).clamp_min(1.0)
+        self.H, self.play = H, eps * d.amax(-1, keepdim=True).clamp_min(1.0)
+        d += self.play
         self.L = torch.linalg.cholesky_ex(H)[0]
         if self.p:
             A = program.A
@@ -150,9 +151,22 @@ class Factor:
         """x and y for rows t1 (batch, k, n), t2 (batch, k, p), F t3 (batch, k, M)."""
         G, A = self.program.rows
         rhs = t1 + G.back(Ft3)
+        rhs = rhs + A.back(t2) if self.p else rhs
+        x, y = self._solve(rhs, t2)
+        if rhs.dtype == torch.float32:
+            return x, y
+        # Late in the iteration the entries of H differ by the square of those of W, and what was
+        # added to its diagonal is no longer small.
+        left = rhs - x @ self.H + self.play[..., None] * x
+        if not self.p:
+            return x + self._solve(left, t2)[0], y
+        dx, dy = self._solve(left - A.back(y), t2 - A.times(x))
+        return x + dx, y + dy
+
+    def _solve(self, rhs: Tensor, t2: Tensor) -> tuple[Tensor, Tensor]:
+        """x and y with H x + A'y = rhs, A x = t2."""
         if not self.p:
             return cholesky_solve(self.L, rhs), t2
-        rhs = rhs + A.back(t2)
         f = torch.linalg.solve_triangular(self.L, rhs.mT, upper=False)
         y = cholesky_solve(self.LS, f.mT @ self.Y - t2)
         x = torch.linalg.solve_triangular(self.L.mT, f - self.Y @ y.mT, upper=True).mT

@@ -12,6 +12,7 @@ positive definite; refinement with J itself then leads to the exact solution.
 """
 
 import functools
+import warnings
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from .program import Program, cholesky_solve, chunks, size_of
 # refinement about squares it, so one that starts below the root of this is not checked: looking at
 # what it left takes as long as the step.
 _ENOUGH = 1e-12
+# Relative residual that is no solution.
+_BAD = 1e-3
 
 
 class KKT:
@@ -226,6 +229,15 @@ class Inverse:
         return _joined([w for w, _ in found], r), _joined([e for _, e in found], r[:, 0])
 
     @torch.no_grad()
+    def residual(self, r: Tensor) -> Tensor:
+        """What a solve with J' leaves of r, relative, in the units of `balance`.  # (batch,)"""
+        out = []
+        for part, kkt in self._parts:
+            left = r[part] - kkt.apply(kkt.solve(r[part], True)[0], True)
+            out.append(size_of(left) / size_of(r[part]).clamp_min(torch.finfo(r.dtype).tiny))
+        return _joined(out, r[:, 0])
+
+    @torch.no_grad()
     def margin(self) -> Tensor:
         """As `KKT.margin`, in the units of `balance`."""
         return _joined([kkt.margin() for _, kkt in self._parts], self.w[:, 0])
@@ -238,16 +250,31 @@ class Inverse:
         u, p = self._units, self.program
         r = torch.where(rows, 0.0, b) if hit else b
         if u is None:
-            w, _ = self.solve(r, transposed)
+            w, error = self.solve(r, transposed)
         else:
             D = derivative(p.cones, p.split(u.into(p, self.w))[2])
-            if transposed:
-                w = u.residual(p, self.solve(u.step(p, D, r), True)[0])
-            else:
-                w = u.step(p, D, self.solve(u.residual(p, r), False)[0])
+            r = u.step(p, D, r) if transposed else u.residual(p, r)
+            w, error = self.solve(r, transposed)
+            w = u.residual(p, w) if transposed else u.step(p, D, w)
+        if bool((error > _BAD).any()):
+            _warn(error)
         if not hit:
             return w
         return torch.where(rows & (b != 0).any(1, keepdim=True), torch.nan, w)
+
+
+def _warn(error: Tensor) -> None:
+    """Say which derivatives were not found."""
+    bad = torch.nonzero(error > _BAD).flatten().tolist()
+    shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
+    warnings.warn(
+        f"The derivative of {len(bad)} of {error.numel()} solutions (index {shown}) was not found: "
+        f"relative residual {float(error.amax()):.0e}. They are degenerate or nearly so, and their "
+        "gradients wrong or one of several; `gradient_certificate` names them, and "
+        "LinearProgram(smoothing=) or a positive definite P makes solutions smooth.",
+        RuntimeWarning,
+        stacklevel=2,
+    )
 
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:

@@ -188,11 +188,13 @@ class _LinearSolve(torch.autograd.Function):
 class Limit(torch.autograd.Function):
     """The identity, `left` times differentiable. `r` keeps it on the path to the parameters."""
 
-    generate_vmap_rule = True
-
     @staticmethod
     def forward(u: Tensor, r: Tensor, left: int) -> Tensor:
         return u.view_as(u)
+
+    @staticmethod
+    def vmap(info: Any, dims: Any, u: Tensor, r: Tensor, left: int) -> Any:
+        return Limit.apply(u, r, left), dims[0]
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:

@@ -183,7 +183,7 @@ class Polytope(UncertaintySet):
     """{z : F z <= g}; h(v) = min g'y over F'y = v, y >= 0, by the native solver.
 
     An unbounded one has an infinite support function in some directions: no x has a robust
-    constraint there, and a program that needs unit is reported as infeasible.
+    constraint there, and a program that needs one is reported as infeasible.
 
     Args:
         F: # (..., M, k)
