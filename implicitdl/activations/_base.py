@@ -109,6 +109,11 @@ class Activation(abc.ABC):
         return max(map(abs, self.slope))
 
     @property
+    def curvature(self) -> float:
+        """sup |phi''|, entry by entry; infinite where phi is not smooth or nothing is known."""
+        return INF
+
+    @property
     def cheap_prox(self) -> bool:
         """Whether `prox` is a formula rather than an inner Newton iteration."""
         return False

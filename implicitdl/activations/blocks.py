@@ -170,6 +170,14 @@ class Blocks(Activation):
         return all(phi.entrywise for phi, _ in self.parts)
 
     @property
+    def curvature(self) -> float:
+        return max(phi.curvature for phi, _ in self.parts)
+
+    @property
+    def isotone(self) -> bool:
+        return all(phi.isotone for phi, _ in self.parts)
+
+    @property
     def symmetric(self) -> bool:
         return all(phi.symmetric for phi, _ in self.parts)
 

@@ -35,6 +35,7 @@ class _Clip(Activation):
 class Identity(_Clip):
     """phi(z) = z, F = z^2 / 2."""
 
+    curvature = 0.0
     slope = (1.0, 1.0)
     homogeneous = True
     linear = True

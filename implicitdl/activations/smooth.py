@@ -31,6 +31,10 @@ class ELU(Activation):
         require_finite(self, "alpha", positive=True)
 
     @property
+    def curvature(self) -> float:
+        return 1.0 if self.alpha == 1 else INF  # phi' is continuous for alpha = 1 only
+
+    @property
     def slope(self) -> tuple[float, float]:
         return (0.0, max(1.0, self.alpha))
 
@@ -76,6 +80,7 @@ class Softplus(Activation):
 
     threshold: float = 40.0
 
+    curvature = 0.25
     slope = (0.0, 1.0)
     range = (0.0, INF)
 
@@ -138,6 +143,7 @@ class Softplus(Activation):
 class Sigmoid(Activation):
     """phi(z) = 1 / (1 + e^-z), F = softplus; D is the Bernoulli relative entropy."""
 
+    curvature = 1 / (6 * math.sqrt(3))
     slope = (0.0, 0.25)
     range = (0.0, 1.0)
 
@@ -171,6 +177,7 @@ class Sigmoid(Activation):
 class Tanh(Activation):
     """phi(z) = tanh z = 2 sigmoid(2z) - 1, F = log cosh; D is Sigmoid's at ((1 + x)/2, 2z)."""
 
+    curvature = 4 / (3 * math.sqrt(3))
     slope = (0.0, 1.0)
     range = (-1.0, 1.0)
 
@@ -208,6 +215,7 @@ class SiLU(Activation):
     phi'' = 0 where w tanh w = 1, w = z / 2; there phi' = (1 +- w) / 2, w = 1.1996786402577338.
     """
 
+    curvature = 0.5  # phi'' = sigma' (2 + z (1 - 2 sigma)), largest at 0
     slope = (-0.09983932012886690, 1.0998393201288669)
     range = (-0.2784645427610738, INF)  # -W(1/e), Lambert's function
 
@@ -227,6 +235,7 @@ class GELU(Activation):
     (1 +- erf 1) / 2 +- e^-1 / sqrt pi.
     """
 
+    curvature = 2 / math.sqrt(2 * math.pi)  # (2 - z^2) times the density, largest at 0
     slope = (
         0.5 * math.erfc(1.0) - math.exp(-1.0) / math.sqrt(math.pi),
         0.5 + 0.5 * math.erf(1.0) + math.exp(-1.0) / math.sqrt(math.pi),

@@ -32,11 +32,13 @@ from .adjoints import (
 )
 from .affine import Equation, constant, equilibrium
 from .closures import Limit, Map, refuse_transforms
+from .lifted import Lifted
 
 __all__ = [
     "Adjoint",
     "Equation",
     "Implicit",
+    "Lifted",
     "Limit",
     "Neumann",
     "OneStep",

@@ -1,0 +1,298 @@
+"""WRM: smoothness constants that hold, certificates that no attack passes, gradients by Danskin."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+import implicitdl
+from implicitdl import dro
+from implicitdl.activations import ELU, SiLU, Softplus, Tanh
+from implicitdl.dro.smoothness import smoothness
+from implicitdl.dro.wrm import _LOSSES
+
+CE = _LOSSES["cross_entropy"]
+P, Q = 5, 3
+
+
+def networks():
+    loop = implicitdl.ImplicitLayer(P, Q, 6, activation="tanh")
+    with torch.no_grad():
+        loop.W.normal_(0, 0.3)
+    deep = nn.Sequential(
+        nn.Linear(P, 6), nn.SiLU(), implicitdl.ImplicitLayer(6, 4, 5, activation="elu")
+    )
+    return {
+        "linear": nn.Linear(P, Q),
+        "chain": nn.Sequential(
+            nn.Linear(P, 6), nn.ELU(), nn.Linear(6, 5), nn.Tanh(), nn.Linear(5, Q)
+        ),
+        "gelu": nn.Sequential(nn.Linear(P, 8), nn.GELU(), nn.Linear(8, Q)),
+        "implicit": loop,
+        "monotone": implicitdl.MonotoneLayer(P, Q, 6, activation="softplus", margin=0.5),
+        "mixed": nn.Sequential(*deep, nn.Softplus(), nn.Linear(4, Q)),
+    }
+
+
+NAMES = list(networks())
+
+
+def batch(m=24):
+    return torch.randn(m, P), torch.randint(0, Q, (m,))
+
+
+def gradient(net, u, y, scale=None):
+    u = u.detach().requires_grad_()
+    loss = CE.function(net(u if scale is None else u * scale), y).sum()
+    return torch.autograd.grad(loss, u)[0]
+
+
+@pytest.mark.parametrize("phi", [ELU(), SiLU(), Softplus(), Tanh()], ids=str)
+def test_curvatures_are_attained(phi):
+    z = torch.linspace(-8, 8, 160_001)
+    slopes = phi.derivative(z)
+    seen = ((slopes[1:] - slopes[:-1]) / (z[1] - z[0])).abs().max()
+    assert 0.999 * phi.curvature <= float(seen) <= phi.curvature * (1 + 1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_gradient_changes_no_faster_than_L(name):
+    """Differences of gradients at near and far inputs, found by ascent where they are steep."""
+    net = networks()[name]
+    scale = torch.rand(P) + 0.5
+    for use in (None, scale):
+        found = smoothness(net, torch.randn(1, P), CE, use)
+        assert math.isfinite(found.L_zz) and found.L_zz <= found.product * (1 + 1e-9)
+        u, y = torch.randn(200, P) * 2, torch.randint(0, Q, (200,))
+        seen = 0.0
+        for size in (1e-3, 0.1, 1.0):
+            v = torch.nn.functional.normalize(torch.randn_like(u), dim=1) * size
+            for _ in range(4):  # power steps towards the steepest direction
+                change = gradient(net, u + v, y, use) - gradient(net, u, y, use)
+                seen = max(seen, float((change.norm(dim=1) / v.norm(dim=1)).max()))
+                v = torch.nn.functional.normalize(change, dim=1) * size
+        assert 0 < seen <= found.L_zz
+
+
+def test_the_bound_is_tight_where_it_can_be():
+    """Two classes and a linear map: the Hessian is p (1 - p) (c_1 - c_2)(c_1 - c_2)'."""
+    net = nn.Linear(P, 2)
+    expected = 0.25 * float((net.weight[0] - net.weight[1]).detach().norm() ** 2)
+    assert smoothness(net, torch.randn(1, P), CE).L_zz == pytest.approx(expected, rel=1e-6)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_no_attack_passes_a_certificate(name):
+    net = networks()[name]
+    u, y = batch()
+    training = dro.WassersteinTraining(net, gamma=1.0)
+    for radius in (0.05, 0.4):
+        proof = training.certificate((u, y), radius=radius)
+        assert proof.is_certificate and proof.inner_error < 1e-6
+        worst = training.attack((u, y), radius)  # transport
+        assert float(worst.costs.mean()) <= radius**2 * (1 + 1e-9)
+        move = (worst.inputs - u).flatten(1).norm(dim=1)
+        torch.testing.assert_close(move**2, worst.costs)
+        found = [float(worst.losses.mean())]
+        for kind in range(6):
+            step = torch.randn_like(u) if kind % 2 else gradient(net, u, y)  # random, gradient
+            step = step * torch.rand(len(u), 1) ** kind
+            step = step * radius / (step**2).sum(1).mean().sqrt()
+            found.append(float(CE.function(net(u + step), y).mean().detach()))
+        assert max(found) <= proof.bound
+        assert proof.nominal <= max(found)
+
+
+@pytest.mark.parametrize("name", ["chain", "implicit"])
+def test_the_certificate_is_tight_at_rho_hat(name):
+    u, y = batch()
+    training = dro.WassersteinTraining(networks()[name], gamma=1.0)
+    gamma = 0.55 * training.smoothness(u).L_zz
+    proof = training.certificate((u, y), gamma=gamma)
+    bound, rho_hat, inner_error, L, is_certificate = proof
+    assert is_certificate and rho_hat > 0 and pytest.approx(gamma / 0.55) == L
+    assert bound - proof.attained == pytest.approx(0.0, abs=1e-7)
+    assert 0 <= inner_error < 1e-7
+    assert proof.at(math.sqrt(rho_hat)) == pytest.approx(bound)
+    assert proof.at(1.0) == pytest.approx(bound + gamma * (1 - rho_hat))
+
+
+def test_the_inner_error_is_honest():
+    """Few steps: the bound of what is missing is no less than what is missing."""
+    u, y = batch()
+    net = networks()["chain"]
+    training = dro.WassersteinTraining(net, gamma=1.0)
+    L = training.smoothness(u).L_zz
+    gamma = 0.55 * L
+    exact = training.certificate((u, y), gamma=gamma)
+    for steps in (1, 2, 4):
+        rough = training.certificate((u, y), gamma=gamma, steps=steps)
+        assert rough.is_certificate
+        assert rough.bound - rough.gamma * rough.rho >= exact.bound - exact.gamma * exact.rho - 1e-7
+        assert rough.inner_error >= exact.inner_error
+
+
+def test_gradient_is_that_of_the_surrogate():
+    """Danskin: differences of phi, the inner problem solved anew, give the gradient at T(z)."""
+    u, y = batch(6)
+    net = nn.Sequential(nn.Linear(P, 4), nn.Tanh(), nn.Linear(4, Q))
+    training = dro.WassersteinTraining(net, gamma=2.0, steps=400, tol=1e-11)
+    training(u, y).backward()
+    weight = net[0].weight
+    for i, j in ((0, 0), (2, 3)):
+        values = []
+        for h in (1e-5, -1e-5):
+            with torch.no_grad():
+                weight[i, j] += h
+            values.append(float(training(u, y).detach()))
+            with torch.no_grad():
+                weight[i, j] -= h
+        assert float(weight.grad[i, j]) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
+def test_features_that_are_fixed_or_dear():
+    u, y = batch()
+    net = networks()["chain"]
+    cost = torch.tensor([1.0, math.inf, 4.0, 1.0, 1.0])
+    training = dro.WassersteinTraining(net, gamma=2.0, cost=cost)
+    worst = training.worst(u, y)
+    move = worst.inputs - u
+    assert bool((move[:, 1] == 0).all()) and bool((move[:, 0] != 0).any())
+    finite = torch.tensor([0, 2, 3, 4])
+    torch.testing.assert_close((cost[finite] * move[:, finite] ** 2).sum(1), worst.costs)
+    free = dro.WassersteinTraining(net, gamma=2.0)
+    assert training.smoothness(u).L_zz < free.smoothness(u).L_zz
+    proof = training.certificate((u, y), radius=0.3)
+    assert proof.is_certificate
+    assert proof.bound >= float(training.attack((u, y), 0.3).losses.mean())
+
+
+def test_labels_that_flip():
+    u, y = batch()
+    net = networks()["chain"]
+    dear, cheap = (dro.WassersteinTraining(net, gamma=3.0, label_price=k) for k in (1e3, 1e-3))
+    fixed = dro.WassersteinTraining(net, gamma=3.0)
+    assert torch.equal(dear.worst(u, y).labels, y)
+    torch.testing.assert_close(dear.worst(u, y).surrogate, fixed.worst(u, y).surrogate)
+    worst = cheap.worst(u, y)
+    flipped = worst.labels != y
+    assert bool(flipped.any())
+    assert bool((worst.surrogate >= fixed.worst(u, y).surrogate - 1e-9).all())
+    move = ((worst.inputs - u) ** 2).sum(1)
+    torch.testing.assert_close(worst.costs, move + 1e-3 * flipped)
+    proof = cheap.certificate((u, y), gamma=cheap.smoothness(u).L_zz)
+    assert proof.is_certificate and proof.bound >= proof.attained - 1e-9
+
+
+def test_the_radius_moves_gamma():
+    u, y = batch(64)
+    net = nn.Sequential(nn.Linear(P, 6), nn.ELU(), nn.Linear(6, Q))
+    training = dro.WassersteinTraining(net, radius=0.2)
+    for _ in range(60):
+        training(u, y)
+    far = float(training.worst(u, y).costs.mean())
+    assert math.sqrt(far) == pytest.approx(0.2, rel=0.05)
+    other = dro.WassersteinTraining(net, radius=0.2)
+    other.load_state_dict(training.state_dict())
+    assert other.gamma == training.gamma
+    training.eval()
+    gamma = training.gamma
+    training(u, y)
+    assert training.gamma == gamma
+
+
+def test_training_lowers_the_certificate():
+    torch.manual_seed(1)
+    u = torch.randn(120, P)
+    y = (u[:, 0] + 0.3 * torch.randn(120) > 0).long()
+    bounds = {}
+    for gamma in (None, 1.0):
+        torch.manual_seed(2)
+        net = nn.Sequential(nn.Linear(P, 8), nn.ELU(), nn.Linear(8, 2))
+        training = dro.WassersteinTraining(net, gamma=gamma or 1.0)
+        optimiser = torch.optim.Adam(net.parameters(), 1e-2)
+        for _ in range(120):
+            loss = training(u, y) if gamma else CE.function(net(u), y).mean()
+            optimiser.zero_grad()
+            loss.backward()
+            optimiser.step()
+        bounds[gamma] = training.certificate((u, y), radius=0.5).bound
+    assert bounds[1.0] < bounds[None]
+
+
+def test_batches_and_dtypes():
+    u, y = batch(20)
+    net = networks()["chain"]
+    training = dro.WassersteinTraining(net, gamma=1.0)
+    whole = training.certificate((u, y), radius=0.2)
+    parts = training.certificate([(u[:7], y[:7]), (u[7:], y[7:])], radius=0.2)
+    assert whole.bound == pytest.approx(parts.bound, rel=1e-9)
+    single = dro.WassersteinTraining(net.float(), gamma=1.0)
+    assert single.certificate((u.float(), y), radius=0.2).bound == pytest.approx(
+        whole.bound, rel=1e-4
+    )
+    assert single.worst(u.float(), y).inputs.dtype == torch.float32
+
+
+def test_what_is_not_smooth_is_called_a_heuristic():
+    u, y = batch()
+    for net in (
+        nn.Sequential(nn.Linear(P, 6), nn.ReLU(), nn.Linear(6, Q)),
+        nn.Sequential(nn.Linear(P, 6), nn.ELU(alpha=0.5), nn.Linear(6, Q)),
+        nn.Sequential(nn.Linear(P, 6), nn.LayerNorm(6), nn.Linear(6, Q)),
+    ):
+        proof = dro.WassersteinTraining(net, gamma=2.0).certificate((u, y), radius=0.1)
+        assert not proof.is_certificate and proof.reason and math.isinf(proof.L_zz)
+    own = dro.WassersteinTraining(networks()["chain"], lambda o, t: CE.function(o, t), gamma=2.0)
+    proof = own.certificate((u, y))
+    assert not proof.is_certificate and "OutputLoss" in proof.reason
+    declared = dro.OutputLoss(CE.function, math.sqrt(2), 0.5)
+    proof = dro.WassersteinTraining(networks()["chain"], declared, gamma=50.0).certificate((u, y))
+    assert proof.is_certificate
+
+
+def test_gamma_too_small():
+    u, y = batch()
+    training = dro.WassersteinTraining(networks()["chain"], gamma=1e-3)
+    L = training.smoothness(u).L_zz
+    with pytest.raises(ValueError, match=f"smallest that works is {L / 2:.6g}"):
+        training.certificate((u, y))
+    guess = training.certificate((u, y), on_failure="return")
+    assert not guess.is_certificate and math.isinf(guess.inner_error)
+    assert training.certificate((u, y), gamma=0.501 * L).is_certificate
+
+
+@pytest.mark.parametrize(
+    "options, match",
+    [
+        ({"gamma": 0.0}, "gamma: got 0"),
+        ({"radius": -1.0}, "radius: got -1"),
+        ({}, "both or none"),
+        ({"gamma": 1.0, "radius": 1.0}, "both or none"),
+        ({"gamma": 1.0, "cost": -torch.ones(P)}, "cost: got -1"),
+        ({"gamma": 1.0, "label_price": 0.0}, "label_price: got 0"),
+        ({"gamma": 1.0, "loss": "cross_entropie"}, "Did you mean 'cross_entropy'"),
+        ({"gamma": math.nan}, "gamma: got nan"),
+        ({"gamma": 1.0, "steps": 0}, "steps: got 0"),
+    ],
+)
+def test_bad_options(options, match):
+    with pytest.raises(ValueError, match=match):
+        dro.WassersteinTraining(nn.Linear(P, Q), **options)
+
+
+def test_bad_data():
+    training = dro.WassersteinTraining(nn.Linear(P, Q), gamma=1.0, cost=torch.ones(P))
+    u, y = batch(4)
+    with pytest.raises(ValueError, match="cost: got shape"):
+        training(torch.randn(4, P + 1), y)
+    with pytest.raises(ValueError, match="labels: got shape"):
+        training(u, y[:3])
+    with pytest.raises(ValueError, match="no batches"):
+        training.certificate([])
+    with pytest.raises(ValueError, match="radius: got -1"):
+        training.certificate((u, y), radius=-1.0)
+    u[1, 2] = math.nan
+    with pytest.raises(ValueError, match=r"nan at index \(1, 2\)"):
+        training(u, y)
