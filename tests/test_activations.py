@@ -680,7 +680,7 @@ def test_modules(module):
         (ReLU, TypeError, "instance"),
         (torch.relu, TypeError, "instance"),
     ],
-    ids=str,
+    ids=lambda value: "torch.relu" if value is torch.relu else str(value),
 )
 def test_get_activation_errors(wrong, error, message):
     with pytest.raises(error, match=message):
