@@ -26,6 +26,7 @@ MODULES = sorted(
 ORDER = (
     "_linalg",
     "_krylov",
+    "_sharing",
     "solution",
     "activations",
     "operators",

@@ -27,6 +27,7 @@ PICTURES = (
     "blocks.png",
     "robust.png",
     "attack.png",
+    "penalties.png",
 )
 
 

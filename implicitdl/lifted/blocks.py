@@ -17,8 +17,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._sharing import Sharing, require_initialised
 from ..layers.base import AffineLayer
 from ..model import ImplicitModel
+from ..solution import unknown_name
 from .chain import Chain, Stage
 from .checkpoint import fingerprint
 from .checks import check_count, check_inputs, check_number, check_targets
@@ -51,6 +53,8 @@ def blocks(
     checkpoint: "str | os.PathLike[str] | None" = None,
     progress: bool = False,
     on_epoch: Callable[[Report], Any] | None = None,
+    shard: str | None = None,
+    group: Any = None,
 ) -> Report:
     """Train in place by block coordinate descent over weights and states of all samples.
 
@@ -75,6 +79,10 @@ def blocks(
             little in directions that the data hardly have. 0 makes least squares exact.
         trace: whether to evaluate J after each block.
         validation, keep, checkpoint, progress, on_epoch: as in `local`.
+        shard: with torch.distributed initialised, "samples": each process has its own samples and
+            the states of these, and the same model; what they add up are Gram matrices, gradients
+            of weights and values. The result is that of one process with all samples.
+        group: of torch.distributed; None for all processes.
 
     Returns:
         The report; with `trace`, `details["steps"]` has J after each block of the last sweep.
@@ -110,11 +118,26 @@ def blocks(
         (check_number("damping", damping, zero=True)),
     )
     keep = checked_keep(keep, validation)
+    if shard not in (None, "samples"):
+        raise unknown_name("shard", shard, ("samples",))
+    sharing = Sharing(shard=shard, group=group)
+    if shard is not None:
+        require_initialised(shard)
+        if not how.convex:
+            raise ValueError(
+                f"shard: got {shard!r} with the penalty {how!r}, whose step lengths depend on all "
+                "samples; take penalty='fenchel'."
+            )
     made: Any = EquilibriumBlocks if isinstance(module, AffineLayer) else _ChainBlocks
-    process = made(module, chosen, how, rows, float(mu), float(growth), counts)
-    u = check_inputs(data, next(module.parameters()))
-    y = check_targets(targets, len(u), process.outputs(u), chosen, u)
-    held = _validation(module, validation, u, y, chosen)
+    process = made(module, chosen, how, rows, float(mu), float(growth), counts, sharing)
+    error: Exception | None = None
+    try:
+        u = check_inputs(data, next(module.parameters()))
+        y = check_targets(targets, len(u), process.outputs(u), chosen, u)
+        held = _validation(module, validation, u, y, chosen)
+    except (TypeError, ValueError) as problem:
+        error = problem
+    sharing.agree(error)  # or one process would wait for another for ever
     process.start(u, y, not targets.is_floating_point())
     options: dict[str, Any] = {}
     if checkpoint is not None:
@@ -139,8 +162,9 @@ class _ChainBlocks(Process):
 
     def __init__(
         self, model: nn.Module, loss: Loss, penalty: Penalty, rows: Rows, mu: float, growth: float,
-        counts: tuple[int, int, bool, float],
+        counts: tuple[int, int, bool, float], sharing: Sharing,
     ):  # fmt: skip
+        self.sharing = sharing
         self.model, self.loss, self.penalty, self.rows = model, loss, penalty, rows
         self.mu, self.growth = mu, growth
         self.state_steps, self.weight_steps, self.trace, self.damping = counts
@@ -159,6 +183,7 @@ class _ChainBlocks(Process):
     def start(self, u: Tensor, y: Tensor, labels: bool) -> None:
         """Feasible weights, and the states of a forward pass."""
         self.y, self.labels = y, labels
+        self.count = int(self.sharing.total(torch.tensor([float(len(y))])))
         for stage in self.stages:
             if stage.core is not None:
                 theta = stage.weights()
@@ -194,13 +219,18 @@ class _ChainBlocks(Process):
         """The mean of each stage's penalty, the loss last; the regularisation; and the largest
         relative distance of a state from its equation."""
         means, extra, worst = [], 0.0, 0.0
+        total = self.sharing.total
         for k, stage in enumerate(self.stages):
             z = stage(self.x[k])
-            means.append(float(self._stage_value(k, self._target(k), z).mean()))
+            value = self._stage_value(k, self._target(k), z).sum()
+            off = size = value
             if stage.phi is not None:
                 free = stage.phi(z)
-                size = float(torch.linalg.vector_norm(free)) or 1.0
-                worst = max(worst, float(torch.linalg.vector_norm(self.x[k + 1] - free)) / size)
+                off, size = (self.x[k + 1] - free).pow(2).sum(), free.pow(2).sum()
+            value, off, size = total(torch.stack([value, off, size])).tolist()
+            means.append(value / self.count)
+            if stage.phi is not None:
+                worst = max(worst, math.sqrt(off / (size or 1.0)))
             if stage.core is not None:
                 theta = stage.weights()
                 extra += float(self._region(stage, theta).value(theta))
@@ -235,7 +265,8 @@ class _ChainBlocks(Process):
         share = math.nan
         if self.labels:
             out = self.chain.forward(self.x[0])[1][-1]
-            share = float((out.argmax(1) == self.y.argmax(1)).double().mean())
+            right = (out.argmax(1) == self.y.argmax(1)).double().sum()
+            share = float(self.sharing.total(right.reshape(1))) / self.count
         return {
             "objective": math.fsum(means) + extra,
             "loss": means[-1],
@@ -283,7 +314,8 @@ class _ChainBlocks(Process):
             lambda z: self._residual(k, wanted, z),
             self._curvature(k),
             self._region(stage, theta),
-            weight=1.0 / len(self.y),
+            weight=1.0 / self.count,
+            add_up=self.sharing.total,
             steps=self.weight_steps,
             damping=self.damping,
             convex=self.penalty.convex or stage.phi is None,

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from .._linalg import resolvent_vector
+from .._sharing import Sharing
 from ..wellposed import InfNormBall, PerronFrobenius
 from .penalties import Loss, Penalty
 from .rows import Region, Rows, fit_rows
@@ -30,7 +31,7 @@ class EquilibriumBlocks(Process):
 
     def __init__(
         self, model: Any, loss: Loss, penalty: Penalty, rows: Rows, mu: float, growth: float,
-        counts: tuple[int, int, bool, float],
+        counts: tuple[int, int, bool, float], sharing: Sharing,
     ):  # fmt: skip
         kept = getattr(model, "well_posed", None)
         if not isinstance(kept, InfNormBall | PerronFrobenius):
@@ -52,6 +53,7 @@ class EquilibriumBlocks(Process):
         self.mu, self.growth, self.kept = mu, growth, kept
         self.phi = model.activation
         self.state_steps, self.weight_steps, self.trace, self.damping = counts
+        self.sharing = sharing
         self.details: dict[str, Any] = {}
 
     def outputs(self, u: Tensor) -> int:
@@ -67,6 +69,7 @@ class EquilibriumBlocks(Process):
     def start(self, u: Tensor, y: Tensor, labels: bool) -> None:
         """A in its set, and the states at the equilibrium."""
         self.u, self.y, self.labels = u, y, labels
+        self.count = int(self.sharing.total(torch.tensor([float(len(y))])))
         self.model.W.copy_(self.model.A)
         self.x = self.model.state(u)
 
@@ -131,7 +134,11 @@ class EquilibriumBlocks(Process):
         loss, penalty = self._parts()
         first, second = self._regions()
         extra = first.value(self._equation()) + second.value(self._readout())
-        return float((loss + penalty).mean() + extra)
+        return float(self._mean(loss + penalty) + extra)
+
+    def _mean(self, values: Tensor) -> float:
+        """Over the samples of all processes."""
+        return float(self.sharing.total(values.double().sum().reshape(1))) / self.count
 
     @torch.no_grad()
     def epoch(self, number: int) -> dict[str, Any]:
@@ -148,16 +155,16 @@ class EquilibriumBlocks(Process):
             self.details["steps"] = steps
         loss, penalty = self._parts()
         free = self.model.state(self.u)
-        size = float(torch.linalg.vector_norm(free)) or 1.0
+        off, size = self._mean((self.x - free).pow(2).sum(1)), self._mean(free.pow(2).sum(1))
         share = math.nan
         if self.labels:
             out = self.model.readout(free, self.u)
-            share = float((out.argmax(1) == self.y.argmax(1)).double().mean())
+            share = self._mean(out.argmax(1) == self.y.argmax(1))
         return {
             "objective": self.objective(),
-            "loss": float(loss.mean()),
-            "penalties": [float(penalty.mean())],
-            "feasibility": float(torch.linalg.vector_norm(self.x - free)) / size,
+            "loss": self._mean(loss),
+            "penalties": [self._mean(penalty)],
+            "feasibility": math.sqrt(off / (size or 1.0)),
             "accuracy": share,
         }
 
@@ -197,7 +204,8 @@ class EquilibriumBlocks(Process):
             lambda z: self.loss.residual(self.y, z),
             self.loss.curvature,
             region,
-            weight=1.0 / len(self.y),
+            weight=1.0 / self.count,
+            add_up=self.sharing.total,
             steps=self.weight_steps,
             damping=self.damping,
         )
@@ -217,7 +225,8 @@ class EquilibriumBlocks(Process):
             lambda z: self.mu * self.penalty.residual(self.phi, self.x, z),
             self.mu * self.penalty.curvature(self.phi),
             self._ball(),
-            weight=1.0 / len(self.y),
+            weight=1.0 / self.count,
+            add_up=self.sharing.total,
             steps=self.weight_steps,
             damping=self.damping,
         )

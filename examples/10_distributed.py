@@ -1,0 +1,91 @@
+"""Two processes fit an implicit layer to a network's states together; differs from one by under 1e-10.
+
+Each process has its own samples, or all samples and its own rows. What they exchange is one Gram
+matrix, of a size that does not grow with the samples, or the rows that each has solved. The script
+starts itself under torchrun where it is not, which is the same as
+
+    torchrun --nproc-per-node 2 examples/10_distributed.py
+
+    python examples/10_distributed.py [--seed N] [--processes N] [--samples N] [--quick]
+"""
+
+import argparse
+import os
+import time
+
+import torch
+from torch import distributed, nn
+
+from implicitdl.states import fit_states
+
+
+def teacher(seed: int) -> nn.Sequential:
+    torch.manual_seed(seed)
+    return nn.Sequential(
+        nn.Linear(40, 64), nn.ReLU(), nn.Linear(64, 32), nn.ReLU(), nn.Linear(32, 5)
+    )
+
+
+def samples(seed: int, count: int) -> torch.Tensor:
+    """Of a lower dimension than they have entries, as images are."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden = torch.randn(count, 15, generator=generator)
+    mixing = torch.randn(15, 40, generator=generator)
+    return torch.tanh(hidden @ mixing / 4) + 0.1 * torch.randn(count, 40, generator=generator)
+
+
+def work(seed: int, count: int) -> None:
+    """What each process does."""
+    torch.set_num_threads(1)
+    torch.set_default_dtype(torch.float64)
+    distributed.init_process_group("gloo")
+    rank, size = distributed.get_rank(), distributed.get_world_size()
+    net, data = teacher(seed), samples(seed, count)
+    options = {"penalty": 0.02, "kappa": 0.5}
+    start = time.perf_counter()
+    alone, report = fit_states(net, data, **options)
+    seconds = {"alone": time.perf_counter() - start}
+    parts = {}
+    for shard in ("samples", "rows"):
+        mine = data[rank * count // size : (rank + 1) * count // size]
+        distributed.barrier()
+        start = time.perf_counter()
+        layer, _ = fit_states(net, mine if shard == "samples" else data, shard=shard, **options)
+        seconds[shard] = time.perf_counter() - start
+        parts[shard] = max(
+            float((getattr(layer, name) - getattr(alone, name)).detach().abs().max())
+            for name in "ABCDbd"
+        )
+    worst = torch.tensor(list(parts.values()))
+    distributed.all_reduce(worst, op=distributed.ReduceOp.MAX)
+    if rank == 0:
+        print(report)
+        for shard, off in zip(parts, worst.tolist(), strict=True):
+            print(
+                f"{size} processes, by {shard}: largest difference {off:.0e}, {seconds[shard]:.2f} s; "
+                f"one process {seconds['alone']:.2f} s"
+            )
+    assert float(worst.max()) < 1e-10
+    distributed.destroy_process_group()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--samples", type=int, default=20_000)
+    parser.add_argument("--quick", action="store_true", help="1,000 samples")
+    arguments = parser.parse_args()
+    count = 1_000 if arguments.quick else arguments.samples
+    if "RANK" in os.environ:
+        work(arguments.seed, count)
+        return
+    from torch.distributed import run
+
+    options = ["--standalone", f"--nproc-per-node={arguments.processes}", __file__]
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+    run.main([*options, f"--seed={arguments.seed}", f"--samples={count}"])
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,83 @@
+"""Work that processes share: sums over what each of them has, by torch.distributed."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """What each process of a group has of the problem: samples, rows, or all of it.
+
+    Where `shard` is None nothing is communicated.
+
+    Attributes:
+        shard: "samples", "rows" or None.
+        group: of torch.distributed; None for all processes.
+    """
+
+    shard: str | None = None
+    group: Any = None
+
+    def _sum(self, t: Tensor) -> Tensor:
+        from torch import distributed
+
+        distributed.all_reduce(t, group=self.group)
+        return t
+
+    def over_samples(self, *parts: Tensor) -> list[Tensor]:
+        """Sums over the processes that hold other samples; in one call."""
+        if self.shard != "samples":
+            return list(parts)
+        flat = self._sum(torch.cat([t.reshape(-1).double() for t in parts]))
+        pieces = flat.split([t.numel() for t in parts])
+        return [piece.view(t.shape) for piece, t in zip(pieces, parts, strict=True)]
+
+    def total(self, t: Tensor) -> Tensor:
+        """The sum of t over the processes that hold other samples, in its own dtype."""
+        return self._sum(t.clone()) if self.shard == "samples" else t
+
+    def own(self, rows: int) -> slice:
+        """The rows that this process solves."""
+        if self.shard != "rows":
+            return slice(0, rows)
+        from torch import distributed
+
+        rank, size = distributed.get_rank(self.group), distributed.get_world_size(self.group)
+        return slice(rank * rows // size, (rank + 1) * rows // size)
+
+    def whole(self, part: Tensor, rows: int) -> Tensor:
+        """The rows of all processes."""
+        if self.shard != "rows":
+            return part
+        full = part.new_zeros(rows, *part.shape[1:])
+        full[self.own(rows)] = part
+        return self._sum(full)
+
+    def agree(self, error: Exception | None) -> None:
+        """Raise where any process has an error, in all of them: none waits for another for ever."""
+        if self.shard is not None:
+            from torch import distributed
+
+            here = 0 if error is None else distributed.get_rank(self.group) + 1
+            found = torch.tensor([float(here)])
+            distributed.all_reduce(found, op=distributed.ReduceOp.MAX, group=self.group)
+            if error is None and int(found) > 0:
+                error = ValueError(
+                    f"data: process {int(found) - 1} refused what it was given; see its own error."
+                )
+        if error is not None:
+            raise error
+
+
+def require_initialised(shard: str) -> None:
+    """Raise where there is nobody to share with."""
+    from torch import distributed
+
+    if not (distributed.is_available() and distributed.is_initialized()):
+        raise ValueError(
+            f"shard: got {shard!r}, but torch.distributed is not initialised: call "
+            "torch.distributed.init_process_group first, under torchrun."
+        )

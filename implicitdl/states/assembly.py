@@ -1,0 +1,106 @@
+"""From the matrices that were found to a layer that is in its set, exactly."""
+
+import torch
+from torch import Tensor
+
+from ..activations import Activation, Blocks
+from ..layers import ImplicitLayer
+from ..model import Structure
+from ..wellposed import InfNormBall, PerronFrobenius, WellPosedSet
+from .fitting import Fitted
+
+
+def seen(A: Tensor, C: Tensor, phi: Activation) -> Tensor:
+    """The states that the outputs read, themselves or through others; at least one.  # (k,)
+
+    States that an activation couples stay together.
+    """
+    found = (C != 0).any(0)
+    reads = A != 0
+    size, group = [], 0
+    for part, count in phi.blocks(A.shape[0]):
+        size += [group] * count if not part.entrywise else list(range(group, group + count))
+        group = size[-1] + 1
+    groups = torch.tensor(size, device=A.device)
+    while True:
+        new = found | reads[found].any(0)
+        new = torch.isin(groups, groups[new])
+        if bool((new == found).all()):
+            break
+        found = new
+    if not bool(found.any()):
+        found = groups == 0
+    return found.nonzero().flatten()
+
+
+def chosen(phi: Activation, n: int, kept: Tensor) -> Activation:
+    """phi on some of the states."""
+    at = set(kept.tolist())
+    parts, first = [], 0
+    for part, count in phi.blocks(n):
+        inside = sum(k in at for k in range(first, first + count))
+        if inside:
+            parts.append((part, inside))
+        first += count
+    blocks = Blocks(parts=tuple(parts))
+    same = all(part == blocks.parts[0][0] for part, _ in blocks.parts)
+    single = blocks.parts[0][0]
+    return single if same and single.entrywise else blocks
+
+
+def absorbs(found: Fitted) -> bool:
+    """Whether the scaling goes into the matrices: phi(S z) = S phi(z)."""
+    return found.phi.homogeneous and found.phi.entrywise
+
+
+def layer(found: Fitted, f: Structure, kappa: float) -> ImplicitLayer:
+    """The layer in the network's dtype, its rows in the ball as that dtype counts them."""
+    kind = f.example if f.example is not None else found.A
+    n = found.A.shape[0]
+    kept = seen(found.A, found.C, found.phi)
+    phi = chosen(found.phi, n, kept)
+    v = found.v[kept]
+    A, C = found.A[kept][:, kept], found.C[:, kept]
+    B, b = found.B[kept], found.b[kept]
+    L, R = (None, None) if found.L is None else (found.L[kept], found.R[kept])  # type: ignore[index]
+    absorbed = absorbs(found)
+    well_posed: WellPosedSet
+    if absorbed or not found.scaled:
+        well_posed = InfNormBall(kappa)
+        A = A * (v / v[:, None])
+        B, b, C = B / v[:, None], b / v, C * v
+        if L is not None and R is not None:
+            L, R = L / v[:, None], R * v[:, None]
+        v = torch.ones_like(v)
+    else:
+        well_posed = PerronFrobenius(kappa, weights=v)
+    _require_range(kind.dtype, A=A, B=B, C=C, b=b)
+    # Rounding to the dtype, and its own sums of a row, stay below kappa.
+    aim = kappa * (1 - 4 * len(kept) * torch.finfo(kind.dtype).eps)
+    rank = None if L is None or L.shape[1] >= len(kept) else L.shape[1]
+    new = ImplicitLayer(
+        B.shape[1], C.shape[0], len(kept), activation=phi, well_posed=well_posed,
+        low_rank=rank, dtype=kind.dtype, device=kind.device,
+    )  # fmt: skip
+    shrink = (aim * v / (A.abs() * v).sum(1).clamp_min(1e-300)).clamp(max=1.0)[:, None]
+    values = {"B": B, "b": b, "C": C, "D": found.D, "d": found.d}
+    if rank is None:
+        values["W"] = A * shrink
+    else:
+        balance = (L.norm() / R.norm()).sqrt()  # type: ignore[union-attr]
+        values |= {"L": L * shrink / balance, "R": R * balance}
+    for name, value in values.items():
+        getattr(new, name).data.copy_(value)
+    return new
+
+
+def _require_range(dtype: torch.dtype, **parts: Tensor) -> None:
+    info = torch.finfo(dtype)
+    for name, t in parts.items():
+        size = t.abs()
+        largest = float(size.amax()) if t.numel() else 0.0
+        if not largest < info.max or 0 < largest < info.tiny:
+            raise ValueError(
+                f"network: the scaled {name} has entries of size {largest:.1e}, which {dtype} cannot "
+                "hold; convert the network and the data to float64 first."
+            )

@@ -1,0 +1,316 @@
+"""Newton's method on the supports of all rows: from a near guess to the optimum itself.
+
+On the face where signs and support of a row are kept the program is a quadratic one with at most one
+constraint, the ball's, whose multiplier theta has a formula:
+
+    (K_SS) d = -(g + sigma psi')_S - theta (weights sigma)_S,     K = F'F + diag(psi''),
+    theta = ((weights sigma)'d_0 - slack)_+ / (weights sigma)'K^-1 (weights sigma).
+
+The step is bent at the walls of the face (an entry that would change sign stops at zero) and at the
+ball, and is taken where the objective falls; else half of it, and where none does a proximal gradient
+step, which always falls. Entries off the support whose dual constraint is violated join it. Every step
+lowers the objective, so that small penalties and dependent columns cost steps and cannot cycle.
+"""
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+if TYPE_CHECKING:
+    from .penalties import Penalty
+    from .rows import RowProgram
+
+_ENTRIES = 1 << 23  # of the matrices of one call: 64 MiB
+_RIDGE = 1e-12  # relative to the largest entry of F'F: a direction even where columns are dependent
+_PIVOTS = 20  # faces of one step, each smaller
+_WALLS = 60  # walls of one step
+_DUAL = 1e-10  # violation of a dual constraint that counts as none, relative to |F'z|
+
+
+def finish(
+    program: "RowProgram",
+    penalty: "Penalty",
+    W: Tensor,
+    tolerance: float,
+    max_steps: int = 300,
+) -> tuple[Tensor, int, Tensor]:
+    """The optimum, from W inside the balls.
+
+    Returns:
+        W, the number of steps of the slowest row, and which rows reached it.  # (r, d), int, (r,)
+    """
+    W = W.clone()
+    _ = program.padded  # once, for all rows
+    left = torch.arange(W.shape[0], device=W.device)
+    reached = torch.zeros(W.shape[0], dtype=torch.bool, device=W.device)
+    quiet = torch.zeros(W.shape[0], dtype=torch.long, device=W.device)
+    decrement = torch.full((W.shape[0],), torch.inf, dtype=W.dtype, device=W.device)
+    steps = 0
+    while steps < max_steps and left.numel():
+        own = program.rows(left)
+        G = W[left] @ program.gram - own.cross  # the gradient
+        enter = _entering(own, penalty, W[left], G)
+        scale = 0.5 * own.energy.clamp_min(torch.finfo(W.dtype).tiny)
+        done = ~enter.any(1) & (decrement[left] <= 1e-2 * tolerance * scale)
+        reached[left[done]] = True
+        go = ~done & (quiet[left] < 5)
+        left, G, enter = left[go], G[go], enter[go]
+        if not left.numel():
+            break
+        steps += 1
+        for chunk in _chunks((W[left] != 0) | enter | _free(program.rows(left), penalty)):
+            at = left[chunk]
+            part = program.rows(at)
+            new, full, fell = _step(part, penalty, W[at], G[chunk], enter[chunk])
+            W[at] = new
+            decrement[at] = full
+            quiet[at] = torch.where(fell, 0, quiet[at] + 1)
+    return W, steps, reached
+
+
+def _entering(program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor) -> Tensor:
+    """Entries that are to join the support, the most violated first where there are many."""
+    size = W.abs()
+    on = size > 0
+    theta = W.new_zeros(W.shape[0])
+    start = penalty.slope(torch.zeros_like(size))
+    level = start
+    if program.weights is not None and program.radius is not None:
+        length = (size * program.weights).sum(1)
+        tight = length >= program.radius * (1 - 1e-9)
+        share = (program.weights * on).square().sum(1)
+        pull = (program.weights * on * (-G * W.sign() - penalty.slope(size))).sum(1)
+        theta = torch.where(tight & (share > 0), pull / share.clamp_min(1e-300), 0.0).clamp_min(0)
+        # A ball of no radius, or one that only entries of it fill, has any multiplier.
+        empty = tight & (share == 0)
+        over = ((G.abs() - start) / program.weights.clamp_min(1e-300)).masked_fill(
+            program.weights == 0, 0.0
+        )
+        theta = torch.where(empty, over.amax(1).clamp_min(0), theta)
+        level = start + theta[:, None] * program.weights
+    excess = G.abs() - level
+    unit = program.cross.abs().amax(1, keepdim=True).clamp_min(1e-300)
+    violated = ~on & (excess > _DUAL * unit)
+    if program.allowed is not None:
+        violated &= program.allowed
+    violated &= ~_free(program, penalty)  # which are in the support anyway
+    most = max(16, int(on.sum(1).max()) // 2)
+    if most < W.shape[1]:
+        ranked = torch.where(violated, excess, -1.0)
+        cut = ranked.topk(most, 1).values[:, -1:]
+        violated &= ranked >= cut
+    return violated
+
+
+def _chunks(support: Tensor) -> list[Tensor]:
+    """Rows of like support sizes together, no more than fit into memory."""
+    count = support.sum(1)
+    order = count.argsort()
+    chunks, start = [], 0
+    sizes = count[order].clamp_min(1).tolist()
+    for end in range(1, len(sizes) + 1):
+        last = end == len(sizes)
+        if last or sizes[end] ** 2 * (end + 1 - start) > _ENTRIES or sizes[end] > 2 * sizes[start]:
+            chunks.append(order[start:end])
+            start = end
+    return chunks
+
+
+def _free(program: "RowProgram", penalty: "Penalty") -> Tensor:
+    """Entries without a kink at zero: neither penalised nor in a ball.  # (r, d)"""
+    free = penalty.slope(torch.zeros_like(program.cross)) == 0
+    if program.weights is not None and program.radius is not None:
+        free &= program.weights == 0
+    if program.allowed is not None:
+        free &= program.allowed
+    return free
+
+
+@dataclass(eq=False)
+class _Face:
+    """The signs and supports of some rows, with K_SS factored.
+
+    Entries may be pinned to zero afterwards, with the factor as it is: K_SS d + E mu = -force and
+    E'd = 0 take one more column K_SS^-1 e for each, and a small system for mu.
+    """
+
+    program: "RowProgram"
+    penalty: "Penalty"
+    sign: Tensor  # (r, d)
+    index: Tensor  # (r, k), the supports, filled up to the largest
+    there: Tensor  # (r, k) bool
+    factor: Tensor  # (r, k, k)
+    lean: Tensor | None  # (r, k), weights sigma
+    columns: Tensor  # (r, k, m), K^-1 E
+    pins: Tensor  # (r, m), where among the k
+    real: Tensor  # (r, m) bool, whether it is one
+
+    @staticmethod
+    def of(
+        program: "RowProgram", penalty: "Penalty", W: Tensor, sign: Tensor, support: Tensor
+    ) -> "_Face":
+        """Factored at W, whose curvature counts."""
+        k = max(1, int(support.sum(1).max()))
+        index = support.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]
+        there = support.gather(1, index)
+        d = W.shape[1]
+        at = torch.where(there, index, d)
+        flat = at[:, :, None] * (d + 1) + at[:, None, :]
+        K = program.padded.index_select(0, flat.reshape(-1)).view(flat.shape)
+        ridge = _RIDGE * program.gram.diagonal().amax()
+        own = penalty.curvature(W.abs()).gather(1, index) + ridge
+        K.diagonal(dim1=1, dim2=2).add_(torch.where(there, own, 1.0))
+        factor, failed = torch.linalg.cholesky_ex(K)
+        if bool(failed.any()):  # dependent beyond rounding: a larger ridge, a shorter step
+            K.diagonal(dim1=1, dim2=2).add_(1e4 * ridge)
+            factor = torch.linalg.cholesky(K)
+        lean = None
+        if program.weights is not None and program.radius is not None:
+            lean = (program.weights * sign).gather(1, index) * there
+        none = index[:, :0]
+        return _Face(
+            program, penalty, sign, index, there, factor, lean, factor[:, :, :0], none, none > 0
+        )
+
+    def _solved(self, *right: Tensor) -> Tensor:
+        half = torch.linalg.solve_triangular(self.factor, torch.stack(right, 2), upper=False)
+        found = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        if not self.pins.shape[1]:
+            return found
+        E = self.pins[:, :, None]
+        S = self.columns.gather(1, E.expand(-1, -1, E.shape[1]))  # E'K^-1 E
+        S = S * (self.real[:, :, None] & self.real[:, None, :])
+        S = S + torch.diag_embed((~self.real).to(S.dtype))
+        mu = found.gather(1, E.expand(-1, -1, found.shape[2])) * self.real[:, :, None]
+        return found - self.columns @ torch.linalg.solve(S, mu)
+
+    def pin(self, entry: Tensor) -> None:
+        """One entry of each row; -1 for none.  # (r,)"""
+        at = (self.index == entry[:, None]) & self.there
+        unit = at.to(self.factor.dtype)[:, :, None]
+        half = torch.linalg.solve_triangular(self.factor, unit, upper=False)
+        column = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
+        self.columns = torch.cat([self.columns, column], 2)
+        self.pins = torch.cat([self.pins, at.to(torch.int8).argmax(1, keepdim=True)], 1)
+        self.real = torch.cat([self.real, at.any(1, keepdim=True)], 1)
+
+    def step(self, W: Tensor, G: Tensor) -> tuple[Tensor, Tensor]:
+        """The step to the minimum on the face, and what it would gain.  # (r, d), (r,)"""
+        size = W.abs()
+        force = (G + self.sign * self.penalty.slope(size)).gather(1, self.index) * self.there
+        right, program = [-force], self.program
+        near = slack = None
+        if self.lean is not None:
+            slack = program.radius - (size * program.weights).sum(1)
+            # The multiplier that the force already tells is taken off first: near the optimum nothing
+            # is left, and the step is not the difference of two long vectors.
+            near = -(force * self.lean).sum(1) / self.lean.square().sum(1).clamp_min(1e-300)
+            near = torch.where(slack <= 1e-6 * program.radius, near, 0.0).clamp_min(0)
+            right = [-force - near[:, None] * self.lean, self.lean]
+        solved = self._solved(*right)
+        move = solved[:, :, 0]
+        if self.lean is not None:
+            along = (self.lean * solved[:, :, 1]).sum(1)
+            more = ((self.lean * move).sum(1) - slack) / along.clamp_min(1e-300)
+            more = torch.maximum(more, -near).masked_fill(
+                along <= 0, 0.0
+            )  # in all, none below zero
+            move = move - more[:, None] * solved[:, :, 1]
+        step = torch.zeros_like(W).scatter_(1, self.index, move * self.there)
+        return step, (force * move).sum(1).abs()
+
+
+def _step(
+    program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor, enter: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """One step of each row: the new rows, what a full step would have gained (infinite where it was
+    not taken), and whether the objective fell."""
+    sign = torch.where(enter, -G.sign(), W.sign())
+    free = _free(program, penalty)
+    support = (W != 0) | enter | free
+    face = _Face.of(program, penalty, W, sign, support)
+    step, gain = face.step(W, G)
+    before = program.objective(W, penalty)
+    trial = W + step
+    walls = support & ~free
+    plain = ~((trial.sign() != sign) & walls).any(1)
+    # At the optimum only rounding moves, that of the terms of w'F'F w.
+    size = trial.abs()
+    noise = 1e-15 * (((size @ program.gram.abs()) * size).sum(1) + program.energy)
+    flat = program.objective(program.inside(trial), penalty) <= before + noise
+    full = torch.where(plain & flat, gain, torch.inf)
+    new = torch.where((plain & flat)[:, None], program.inside(trial), W)
+    left = (~(plain & flat)).nonzero().flatten()
+    for attempt in (_pivoted, _walked, _proximal):
+        if not left.numel():
+            break
+        some = program.rows(left)
+        found = attempt(
+            some, penalty, W[left], G[left], sign[left], support[left], walls[left], step[left]
+        )
+        good = some.objective(found, penalty) < before[left]
+        new[left[good]] = found[good]
+        left = left[~good]
+    fell = (new != W).any(1)
+    return new, full, fell
+
+
+def _pivoted(
+    program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor, sign: Tensor,
+    support: Tensor, walls: Tensor, step: Tensor,
+) -> Tensor:  # fmt: skip
+    """The minimum on the face that is left once all entries that would change sign are dropped, and
+    those that would change it then, ..."""
+    new = W + step
+    left = torch.arange(len(W), device=W.device)
+    for _ in range(_PIVOTS):
+        wrong = (new[left].sign() != sign[left]) & walls[left] & support[left]
+        left = left[wrong.any(1)]
+        if not left.numel():
+            break
+        wrong = wrong[wrong.any(1)]
+        support[left] &= ~wrong
+        base = torch.where(support[left], W[left], 0.0)
+        face = _Face.of(program.rows(left), penalty, base, sign[left], support[left])
+        new[left] = base + face.step(base, base @ program.gram - program.cross[left])[0]
+    return program.inside(torch.where(support & ~(walls & (new.sign() != sign)), new, 0.0))
+
+
+def _walked(
+    program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor, sign: Tensor,
+    support: Tensor, walls: Tensor, step: Tensor,
+) -> Tensor:  # fmt: skip
+    """The step as far as the first wall, which is then a wall of the face, and so on: it never rises."""
+    for _ in range(_PIVOTS):  # entries that were to join but would take the other sign
+        stuck = (W == 0) & (step.sign() != sign) & support & walls
+        support = support & ~stuck
+        face = _Face.of(program, penalty, W, sign, support)
+        step, _ = face.step(W, G)
+        if not bool(stuck.any()):
+            break
+    open_ = support & walls
+    for _ in range(_WALLS):
+        hits = ((W + step).sign() != sign) & open_
+        share = torch.where(hits, W.abs() / step.abs().clamp_min(1e-300), torch.inf)
+        t, first = share.min(1)
+        W = W + t.clamp(max=1.0)[:, None] * step
+        first = torch.where(t <= 1, first, -1)
+        hit = first[:, None] == torch.arange(W.shape[1], device=W.device)
+        W, open_ = W.masked_fill(hit, 0.0), open_ & ~hit
+        if not bool((first >= 0).any()):
+            break
+        face.pin(first)
+        step, _ = face.step(W, W @ program.gram - program.cross)
+        step = step.masked_fill(walls & ~open_, 0.0)
+    return program.inside(torch.where((W.sign() != sign) & walls, 0.0, W))
+
+
+def _proximal(
+    program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor, sign: Tensor,
+    support: Tensor, walls: Tensor, step: Tensor,
+) -> Tensor:  # fmt: skip
+    """A proximal gradient step of the inverse Lipschitz constant, which never rises."""
+    pace = 1 / float(program.spectrum[0].max())
+    return program.prox(penalty, W - pace * G, pace)
