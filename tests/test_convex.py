@@ -536,8 +536,63 @@ def test_gradients_that_are_not_found_are_told_of():
     found = LinearProgram().solve(torch.tensor([-1.0, -1.0]), G, h)
     torch.testing.assert_close(found.value.detach(), torch.tensor([1.0, 2.0]))
     assert gradient_certificate(found)["degenerate"]
-    with pytest.warns(RuntimeWarning, match=r"index 0\) was not found"):
+    with pytest.raises(ConvergenceError, match=r"index 0\) was not found"):
         torch.autograd.grad(found.stats["dual"][0], h)
+    quiet = LinearProgram(on_failure="nan").solve(torch.tensor([-1.0, -1.0]), G, h)
+    assert torch.autograd.grad(quiet.stats["dual"][0], h)[0].isnan().any()
+    flat = torch.zeros(2, requires_grad=True)  # every point is optimal
+    with pytest.raises(ConvergenceError, match="was not found"):
+        LinearProgram()(
+            flat, torch.cat([torch.eye(2), -torch.eye(2)]), torch.ones(4)
+        ).sum().backward()
+
+
+def test_uniform_units_do_not_matter():
+    """Objective, rows and lengths in units of 1e-8 to 1e8: the same answer, status and gradients."""
+    P, q, G, h, A, b = quadratic(4, 4, 7, 1)
+    weight = torch.randn(4, 4)
+    runs = {}
+    for key in ((1, 1, 1), (1e-8, 1, 1), (1e6, 1, 1), (1, 1e-6, 1), (1, 1e8, 1), (1, 1, 1e-5),
+                (1, 1, 1e5)):  # fmt: skip
+        cost, rows, length = key
+        data = [cost * P, cost * length * q, rows * G, rows * length * h, A, length * b]
+        data = [t.clone().requires_grad_() for t in data]
+        found = QuadraticProgram().solve(*data)
+        grads = torch.autograd.grad((found.value * weight).sum() / length, data)
+        units = (cost, cost * length, rows, rows * length, 1, length)
+        runs[key] = [found.value / length, *(g * u for g, u in zip(grads, units, strict=True))]
+        assert not gradient_certificate(found)["degenerate"].any()
+        torch.testing.assert_close(runs[key], runs[1, 1, 1], rtol=1e-7, atol=1e-8)
+
+
+def test_certificates_do_not_depend_on_units():
+    unbounded = LinearProgram(on_failure="nan")
+    assert unbounded.solve(torch.tensor([1e-9]), torch.ones(1, 1), torch.ones(1)).status is (
+        Status.UNBOUNDED
+    )
+    G, h = 1e-10 * torch.tensor([[1.0], [-1.0]]), 1e-10 * torch.tensor([-2.0, 1.0])
+    for layer, args in ((QuadraticProgram, (torch.eye(1), torch.zeros(1))),
+                        (LinearProgram, (torch.ones(1),))):  # fmt: skip
+        assert layer(on_failure="nan").solve(*args, G, h).status is Status.INFEASIBLE
+
+
+def test_a_program_that_is_not_convex_is_refused():
+    box, one = torch.cat([torch.eye(2), -torch.eye(2)]), torch.ones(4)
+    with pytest.raises(ValueError, match="all instances share with a negative eigenvalue"):
+        QuadraticProgram()(-torch.eye(2), torch.zeros(2), box, one)
+    P = torch.stack([torch.eye(2), torch.diag(torch.tensor([1.0, -1e-3]))])
+    with pytest.raises(ValueError, match=r"instances \[1\]"):
+        QuadraticProgram()(P, torch.zeros(2), box, one)
+    with pytest.raises(ValueError, match="negative eigenvalue"):
+        torch.func.vmap(lambda P: QuadraticProgram()(P, torch.zeros(2), box, one))(P)
+    L = torch.randn(50, 6, 2, dtype=torch.float32)  # singular, as float32 rounds it
+    x = QuadraticProgram()(
+        L @ L.mT,
+        torch.zeros(6, dtype=torch.float32),
+        torch.eye(6, dtype=torch.float32),
+        torch.ones(6, dtype=torch.float32),
+    )
+    assert x.isfinite().all()
 
 
 def test_transforms_and_failure():
@@ -553,6 +608,17 @@ def test_transforms_and_failure():
     with pytest.raises(ValueError, match="start"):
         start = layer.solve(P, q, G, h)
         torch.func.vmap(lambda q: layer.solve(P, q, G, h, start=start).value)(q[None])
+
+
+def test_projections_of_large_entries():
+    v = torch.tensor([1e8, 1e8 + 8, 3.0], dtype=torch.float32)
+    expected = torch.tensor([0.0, 1.0, 0.0], dtype=torch.float32)
+    torch.testing.assert_close(Projection("simplex")(v), expected)
+    torch.testing.assert_close(Projection("ball", norm=1)(v), expected)
+    far = Projection("ball")(torch.tensor([3e30, 4e30], dtype=torch.float32))
+    torch.testing.assert_close(far, torch.tensor([0.6, 0.8], dtype=torch.float32))
+    with pytest.raises(ValueError, match="lo"):
+        Projection("box", lo=1.0)
 
 
 # ---- what does not fit -----------------------------------------------------------------------------

@@ -28,6 +28,10 @@ PICTURES = (
     "robust.png",
     "attack.png",
     "penalties.png",
+    "certified.png",
+    "sensitivity.png",
+    "attacked.png",
+    "certificate.png",
 )
 
 

@@ -7,7 +7,7 @@ put its function at the end of `CHAPTERS`. The models in its section reach the c
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-from . import classifier, conversion, robust
+from . import certificates, classifier, conversion, robust, training, worst_case
 from .report import Context, Section
 
 Chapter = Callable[[Context], Section]
@@ -16,6 +16,9 @@ CHAPTERS: list[Chapter] = [
     classifier.chapter,
     conversion.chapter,
     robust.chapter,
+    training.chapter,
+    certificates.chapter,
+    worst_case.chapter,
 ]
 
 

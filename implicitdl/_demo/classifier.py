@@ -48,7 +48,7 @@ def chapter(context: Context) -> Section:
     )
     explicit = matched_mlp(data.features, data.classes, parameter_count(implicit))
     models: dict[str, nn.Module] = {"implicit": implicit, "explicit": explicit}
-    with _threads(None if _many(data) else 1):
+    with threads(None if many(data) else 1):
         history = {
             name: _train(context, name, model, data, recipe) for name, model in models.items()
         }
@@ -94,7 +94,7 @@ def plan(context: Context) -> tuple[Recipe, int]:
     Args:
         context: what the user asked for.
     """
-    if _many(context.data):
+    if many(context.data):
         states, recipe = 100, Recipe(epochs=1 if context.quick else 8)
     else:
         states = 64
@@ -107,13 +107,13 @@ def plan(context: Context) -> tuple[Recipe, int]:
     return replace(recipe, epochs=context.epochs or recipe.epochs), context.states or states
 
 
-def _many(data: Dataset) -> bool:
+def many(data: Dataset) -> bool:
     """Whether the data set is of MNIST's size rather than that of the bundled digits."""
     return len(data.train_images) > 10_000
 
 
 @contextmanager
-def _threads(count: int | None) -> Iterator[None]:
+def threads(count: int | None) -> Iterator[None]:
     """Compute with that many threads; None changes nothing.
 
     Where every product takes microseconds, a second thread brings nothing on an idle machine, and

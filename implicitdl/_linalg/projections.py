@@ -149,6 +149,7 @@ def project_simplex(
         Duchi et al. 2008, figure 1.
     """
     total = torch.as_tensor(total, dtype=W.dtype, device=W.device)[..., None]
+    W = W - W.amax(-1, keepdim=True).detach()  # the same projection, without cancellation
     with torch.no_grad():
         u = W.sort(dim=-1, descending=True).values
         k = torch.arange(1, W.shape[-1] + 1, dtype=W.dtype, device=W.device)

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..solution import Solution
+from ..solution import Solution, unknown_name
 from .cones import Cones
 from .program import Program
 from .solver import ConeSolver, solve
@@ -52,6 +52,12 @@ class ConeProgram(nn.Module):
         order: int = 1,
     ):
         super().__init__()
+        if on_failure not in ("raise", "warn", "return", "nan"):
+            raise unknown_name("on_failure", on_failure, ("raise", "warn", "return", "nan"))
+        if not isinstance(cones, Cones):
+            raise TypeError(f"cones: got {type(cones).__name__}, expected Cones(...).")
+        if solver is not None and not isinstance(solver, ConeSolver):
+            raise TypeError(f"solver: got {type(solver).__name__}, expected a ConeSolver or None.")
         self.cones, self.solver, self.on_failure = cones, solver or ConeSolver(), on_failure
         if type(order) is not int or order < 1:
             raise ValueError(f"order: got {order!r}, expected an integer >= 1.")
@@ -64,7 +70,7 @@ class ConeProgram(nn.Module):
         """The solution x.  # (batch, n), or (n,) where no datum has a batch dimension
 
         Args:
-            P: positive semidefinite; its symmetric part is taken; None for zero.  # (n, n) or
+            P: positive semidefinite, or a ValueError; its symmetric part is taken; None for zero.  # (n, n) or
                 (batch, n, n)
             q: # (n,) or (batch, n)
             G, h: # (M, n) or (batch, M, n); (M,) or (batch, M)
@@ -191,6 +197,8 @@ def accept(
         got = f"{q.dtype} {tuple(q.shape)}" if isinstance(q, Tensor) else type(q).__name__
         raise TypeError(f"q: got {got}, expected a floating tensor (n,) or (batch, n).")
     n = q.shape[-1]
+    if not n:
+        raise ValueError(f"q: got shape {tuple(q.shape)}, expected one variable at least.")
     data = {"P": P, "G": G, "h": h, "A": A, "b": b}
     for name, t in data.items():
         if t is None:

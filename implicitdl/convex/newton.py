@@ -17,6 +17,7 @@ import warnings
 import torch
 from torch import Tensor
 
+from ..solution import ConvergenceError, ConvergenceWarning
 from .balance import Balance, balance
 from .cones import derivative
 from .program import Program, cholesky_solve, chunks, size_of
@@ -26,7 +27,7 @@ from .program import Program, cholesky_solve, chunks, size_of
 # what it left takes as long as the step.
 _ENOUGH = 1e-12
 # Relative residual that is no solution.
-_BAD = 1e-3
+_BAD = 1e-4
 
 
 class KKT:
@@ -199,11 +200,16 @@ class Inverse:
         program: without a graph.
         w: the solution.
         failed: instances that have none, and so no derivative.  # (batch,) bool
+        on_failure: what to do where the equations of the derivative have no solution: "raise", or
+            NaN for these instances, with a warning unless it is "nan".
         L: the factors, in the units of `balance`, where they are known.
     """
 
-    def __init__(self, program: Program, w: Tensor, failed: Tensor, L: Tensor | None = None):
+    def __init__(
+        self, program: Program, w: Tensor, failed: Tensor, on_failure: str, L: Tensor | None = None
+    ):
         self.program, self.w, self.failed, self.L = program, w.detach(), failed, L
+        self.on_failure = on_failure
 
     @functools.cached_property
     def _units(self) -> Balance | None:
@@ -256,25 +262,31 @@ class Inverse:
             r = u.step(p, D, r) if transposed else u.residual(p, r)
             w, error = self.solve(r, transposed)
             w = u.residual(p, w) if transposed else u.step(p, D, w)
-        if bool((error > _BAD).any()):
-            _warn(error)
+        lost = error > _BAD
+        if bool(lost.any()):
+            _tell(error, self.on_failure)
+            w = torch.where(lost[:, None], torch.nan, w)
         if not hit:
             return w
         return torch.where(rows & (b != 0).any(1, keepdim=True), torch.nan, w)
 
 
-def _warn(error: Tensor) -> None:
+def _tell(error: Tensor, on_failure: str) -> None:
     """Say which derivatives were not found."""
+    if on_failure == "nan":
+        return
     bad = torch.nonzero(error > _BAD).flatten().tolist()
     shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
-    warnings.warn(
+    message = (
         f"The derivative of {len(bad)} of {error.numel()} solutions (index {shown}) was not found: "
-        f"relative residual {float(error.amax()):.0e}. They are degenerate or nearly so, and their "
-        "gradients wrong or one of several; `gradient_certificate` names them, and "
-        "LinearProgram(smoothing=) or a positive definite P makes solutions smooth.",
-        RuntimeWarning,
-        stacklevel=2,
+        f"relative residual {float(error.amax()):.0e}. They are degenerate or not unique, and what the "
+        "loss asks for has no derivative there; `gradient_certificate` names such instances. "
+        "LinearProgram(smoothing=) or a positive definite P makes solutions smooth, "
+        "on_failure='nan' gives NaN for their gradients alone."
     )
+    if on_failure == "raise":
+        raise ConvergenceError(message)
+    warnings.warn(message, ConvergenceWarning, stacklevel=2)
 
 
 def _joined(parts: list[Tensor], like: Tensor) -> Tensor:

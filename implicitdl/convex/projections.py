@@ -1,5 +1,6 @@
 """Euclidean projections as layers: by formula or by sorting where there is one, else as a program."""
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -121,7 +122,7 @@ class Projection(nn.Module):
         options: of the function of that name in `implicitdl.convex.projections`.
 
     Raises:
-        ValueError: another set.
+        ValueError: another set, or an option that it does not have.
 
     Example:
         >>> import torch
@@ -134,11 +135,24 @@ class Projection(nn.Module):
         super().__init__()
         if onto not in _KINDS:
             raise unknown_name("onto", onto, _KINDS)
+        known = inspect.signature(_KINDS[onto]).parameters
+        extra = [name for name in options if name not in known or name == "v"]
+        if extra and "options" not in known:
+            raise unknown_name("option", extra[0], [name for name in known if name != "v"])
         self.onto, self.options = onto, options
 
     def forward(self, v: Tensor) -> Tensor:
-        """The nearest point.  # (..., n) -> (..., n)"""
-        return _KINDS[self.onto](v, **self.options)
+        """The nearest point.  # (..., n) -> (..., n)
+
+        In float64: large entries that nearly agree, and squares of large ones, lose nothing.
+        """
+        if self.onto == "polytope" or not v.is_floating_point():
+            return _KINDS[self.onto](v, **self.options)
+        options = {
+            k: t.to(torch.float64) if isinstance(t, Tensor) and t.is_floating_point() else t
+            for k, t in self.options.items()
+        }
+        return _KINDS[self.onto](v.to(torch.float64), **options).to(v.dtype)
 
     def extra_repr(self) -> str:
         """The set."""

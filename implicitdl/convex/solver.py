@@ -1,6 +1,7 @@
 """Solving a batch of cone programs, and the Solution that comes of it."""
 
 import functools
+import warnings
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -9,7 +10,15 @@ from torch import Tensor
 
 from ..implicit import attach_root, constant
 from ..maps import inside_transform
-from ..solution import InfeasibleError, Solution, Status, check_on_failure
+from ..solution import (
+    ConvergenceError,
+    ConvergenceWarning,
+    InfeasibleError,
+    Solution,
+    Status,
+    _outside,
+    check_on_failure,
+)
 from . import interior, transforms
 from .balance import balance
 from .newton import Factors, Inverse, polished
@@ -21,6 +30,9 @@ _FIRST, _MOST_SHORT = 3e-3, 15
 # What is solved to `tol`, but by more than this share of it, goes on: near degeneracy Newton's steps
 # want to begin nearer, and gradients magnify what they leave.
 _FINE = 0.03
+# Error of (x, y, s - z) up to which x, y, s and z themselves are believed: s and z in one cone, both of
+# them the root of what is left of s'z.
+_ALIKE = 1e-4
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,9 +137,15 @@ class ConeSolver:
             steps = steps.index_add(0, rows, took)
             solved = outcome == interior.SOLVED
             point, e = polished(part, state.point(), solved, 6, self.tol * 1e-3, factors, rows)
-            if bool((e > self.tol).any()):
-                # Where s and z both vanish, s - z tells less of the solution than s and z do.
-                e = torch.minimum(e, interior.quality(part, state))
+            worse = e > self.tol
+            if bool(worse.any()):
+                # Where s and z both vanish, s - z tells less of them than they do themselves.
+                q = interior.quality(part, state)
+                take = worse & (q <= self.tol) & (q < e) & solved
+                other = _parted(part, state)
+                fits = part.judged(other)[1] <= _ALIKE
+                point = torch.where((take & fits)[:, None], other, point)
+                e = torch.where(take & fits, q, e)
             better = e < error[rows]
             w[rows] = torch.where(better[:, None], point, w[rows])
             error[rows] = torch.where(better, e, error[rows])
@@ -184,6 +202,14 @@ class Found:
     L: Tensor | None
 
 
+def _parted(program: Program, state: interior.State) -> Tensor:
+    """(x, y, v) with v = s or -z on a half-line, whichever is the larger, else s - z."""
+    s, z = state.s / state.tau, state.z / state.tau
+    v, k = s - z, program.cones.nonnegative
+    v[:, :k] = torch.where(s[:, :k] >= z[:, :k], s[:, :k], -z[:, :k])
+    return torch.cat([state.x / state.tau, state.y / state.tau, v], 1)
+
+
 def _certificate(state: interior.State, hit: Tensor, which: int) -> Tensor:
     """(x, y, s - z) of the proof, of length one."""
     x, y, v = state.x[hit], state.y[hit], state.s[hit] - state.z[hit]
@@ -222,12 +248,12 @@ def solve(
     """
     if on_failure != "nan":
         check_on_failure(on_failure)
-    work = program.to(torch.float64)
+    work, eps = program.to(torch.float64), torch.finfo(program.q.dtype).eps
     if inside_transform():
         if start is not None:
             raise ValueError("start: got one inside a torch.func transform, expected None there.")
-        check = functools.partial(_values, solver=solver, on_failure=on_failure)
-        work, w, codes, error, steps, found = transforms.root(work, check, order)
+        check = functools.partial(_values, solver=solver, eps=eps, on_failure=on_failure)
+        work, w, codes, error, steps, found = transforms.root(work, check, order, on_failure)
         extra: dict[str, Any] = {}
     else:
         guess = None if start is None else start.stats["point"].to(torch.float64)
@@ -236,10 +262,11 @@ def solve(
                 f"start: got a solution of shape {tuple(guess.shape)}, expected "
                 f"{(program.batch, sum(program.sizes))}: one of the same batch and sizes."
             )
+        work = _convex(work, eps)
         plain = work.detached()
         best = _found(plain, solver, guess, keep=not constant())
         found, codes, error, steps = best.w, best.codes, best.error, best.steps
-        work, w, inverse = _attached(work, plain, best, order)
+        work, w, inverse = _attached(work, plain, best, order, on_failure)
         extra = {"point": w.detach(), "inverse": inverse}
     # What was not solved is NaN at the very end: before, it would be in gradients of shared data.
     failed = codes != Status.CONVERGED.code
@@ -292,25 +319,57 @@ def _found(
     )
 
 
+def _convex(program: Program, eps: float) -> Program:
+    """The program, eigenvalues of P that rounding made negative set to zero.
+
+    Raises:
+        ValueError: an eigenvalue is more negative than that: the conditions that are solved hold at
+            maxima and saddle points, too. eps is the rounding of the dtype that P came in.
+    """
+    if program.P is None:
+        return program
+    P = program.P.detach().nan_to_num(0.0, 0.0, 0.0)
+    n = P.shape[-1]
+    P = P.reshape(-1, n, n)
+    size = P.abs().amax((-2, -1), keepdim=True)
+    tiny = 16 * n * torch.finfo(P.dtype).eps * size + torch.finfo(P.dtype).tiny
+    unsure = torch.linalg.cholesky_ex(P + tiny * torch.eye(n, dtype=P.dtype, device=P.device))[1]
+    rows = torch.nonzero(unsure).flatten()
+    if not rows.numel():
+        return program
+    values, vectors = torch.linalg.eigh(P[rows])
+    bad = values[:, 0] < -16 * n * eps * size[rows, 0, 0]
+    if bool(bad.any()):
+        which = rows[bad].tolist()[:8]
+        where = f"instances {which}" if program.P.dim() == 3 else "the one that all instances share"
+        raise ValueError(
+            f"P: got {where} with a negative eigenvalue ({float(values[bad, 0].min()):.3g}), expected "
+            "positive semidefinite matrices: the program is not convex. L @ L.mT is one for every L."
+        )
+    near = (vectors * values.clamp_min(0.0)[:, None]) @ vectors.mT
+    change = torch.zeros_like(P).index_copy(0, rows, near - P[rows])
+    return replace(program, P=program.P + change.view(program.P.shape))
+
+
 def _attached(
-    work: Program, plain: Program, found: Found, order: int
+    work: Program, plain: Program, found: Found, order: int, on_failure: str
 ) -> tuple[Program, Tensor, Inverse]:
     """The program, harmless where it has no solution, and w with its derivatives."""
     failed, w = found.codes != Status.CONVERGED.code, found.w
     if not bool(failed.any()):
-        inverse = Inverse(plain, w, failed, found.L)
+        inverse = Inverse(plain, w, failed, on_failure, found.L)
         return work, attach_root(work.residual, w, inverse, order), inverse
     work = work.tamed(failed)
     plain = work.detached()
-    inverse = Inverse(plain, torch.where(failed[:, None], plain.trivial(), w), failed)
+    inverse = Inverse(plain, torch.where(failed[:, None], plain.trivial(), w), failed, on_failure)
     return work, attach_root(work.residual, inverse.w, inverse, order), inverse
 
 
 def _values(
-    program: Program, solver: ConeSolver, on_failure: str
+    program: Program, solver: ConeSolver, eps: float, on_failure: str
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """What a torch.func transform gets, checked where values can be looked at."""
-    f = _found(program, solver)
+    f = _found(_convex(program, eps), solver)
     _check(
         Solution(
             value=f.w, codes=f.codes, residual=f.error / solver.tol, steps=f.steps,
@@ -342,7 +401,22 @@ def _check(solution: Solution, on_failure: str) -> None:
             certificate=certificate[bad],
             instances=bad,
         )
-    solution.check(on_failure)
+    if on_failure == "return" or bool(solution.converged.all()):
+        return
+    bad = torch.nonzero(~solution.converged).flatten()
+    names = sorted({s.name for s in solution.statuses if s is not Status.CONVERGED})
+    shown = ", ".join(map(str, bad[:8].tolist())) + (", ..." if bad.numel() > 8 else "")
+    worst = float((solution.residual[bad]).nan_to_num(nan=torch.inf).amax())
+    message = (
+        f"{bad.numel()} of {solution.codes.numel()} programs were not solved (index {shown}; "
+        f"{', '.join(names)}): worst error {worst:.2g} times `tol`. NONFINITE is NaN or infinity in "
+        "the data (leave out rows without a limit); else the data are near the border of what is "
+        "feasible or bounded, or of very different sizes: look at `stats['error']`, loosen "
+        "ConeSolver(tol=), or take on_failure='nan'."
+    )
+    if on_failure == "raise":
+        raise ConvergenceError(message, replace(solution, value=solution.value.detach()))
+    warnings.warn(message, ConvergenceWarning, stacklevel=_outside())
 
 
 def gradient_certificate(solution: Solution) -> dict[str, Tensor]:
@@ -357,7 +431,14 @@ def gradient_certificate(solution: Solution) -> dict[str, Tensor]:
         with J' for a probe; `degenerate`, whether the first is below 1e-7 or the second above 1e-6:
         the solution is then not differentiable, or not unique, and a gradient is one of several.
     """
-    inverse: Inverse = solution.stats["inverse"]
+    inverse = solution.stats.get("inverse")
+    if inverse is None and "program" in solution.stats:  # of a RobustLP and its kind
+        return gradient_certificate(solution.stats["program"])
+    if inverse is None:
+        raise ValueError(
+            "solution: got one without the derivative of its conditions, expected one that a convex "
+            "layer solved outside of torch.func transforms."
+        )
     probe = torch.randn(
         inverse.w.shape, dtype=inverse.w.dtype, generator=torch.Generator().manual_seed(0)
     ).to(inverse.w.device)

@@ -22,7 +22,7 @@ Solver = Callable[[Program], tuple[Tensor, Tensor, Tensor, Tensor]]
 
 
 def root(
-    program: Program, solver: Solver, order: int
+    program: Program, solver: Solver, order: int, on_failure: str
 ) -> tuple[Program, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """The program, harmless where it has no solution; w = (x, y, s - z), differentiable; codes,
     error, steps and what was found before it was made differentiable."""
@@ -33,7 +33,9 @@ def root(
     w = torch.where(failed[:, None], program.trivial(), found)
     at = w
     for _ in range(order):
-        w = w + _Chord.apply(-program.residual(w), order, program.cones, at, failed, *fixed)
+        w = w + _Chord.apply(
+            -program.residual(w), order, (program.cones, on_failure), at, failed, *fixed
+        )
     return program, w, codes, error, steps, found
 
 
@@ -149,7 +151,8 @@ class _Solve(torch.autograd.Function):
     def forward(
         b: Tensor, back: bool, cones: Any, w: Tensor, failed: Tensor, *data: Tensor | None
     ) -> Tensor:
-        return Inverse(_program(data, cones), w, failed).apply(b, back)
+        K, on_failure = cones
+        return Inverse(_program(data, K), w, failed, on_failure).apply(b, back)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:

@@ -218,5 +218,5 @@ class Limit(torch.autograd.Function):
 
 _ONCE_TOO_OFTEN = (
     "An implicit solve was differentiated more often than it was attached for. Raise the order: "
-    "`adjoint=Implicit(order=2)` makes second derivatives exact."
+    "`adjoint=Implicit(order=2)`, or `order=2` of a convex layer, makes second derivatives exact."
 )

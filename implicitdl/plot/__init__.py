@@ -6,19 +6,29 @@ matplotlib is imported inside the functions: it is an optional dependency.
 """
 
 from ._figures import save
+from .certify import attacked, bounds, certified, margins, sensitivity
 from .heatmap import matrix
 from .history import training
+from .lifted import penalties
 from .steps import convergence
 from .structure import blocks
 from .uncertainty import attack, feasible, trade_off
+from .worst_case import certificate
 
 __all__ = [
     "attack",
+    "attacked",
     "blocks",
+    "bounds",
+    "certificate",
+    "certified",
     "convergence",
     "feasible",
+    "margins",
     "matrix",
+    "penalties",
     "save",
+    "sensitivity",
     "trade_off",
     "training",
 ]

@@ -61,6 +61,11 @@ class Conic:
             *(t.shape[:-1] for t in (self.h, self.b)),
         )
 
+    def to(self, dtype: torch.dtype) -> "Conic":
+        """The same in another dtype."""
+        G, W, h, A, B, b = (t.to(dtype) for t in (self.G, self.W, self.h, self.A, self.B, self.b))
+        return Conic(G, W, h, A, B, b, self.cones)
+
     def pulled(self, M: Tensor, c: Tensor | None = None) -> "Conic":
         """{x' : M x' + c in this set}."""
         h, b = self.h, self.b

@@ -37,7 +37,7 @@ def counterpart(U: UncertaintySet, A: Tensor, b: Tensor, n: int) -> Conic:
     if k == n + 1:
         v[n] = 0.0
         shift[n] = -1.0
-    return U.counterpart(m).pulled(stacked([v, -A], -2), stacked([shift, b], -1))
+    return U.counterpart(m).to(A.dtype).pulled(stacked([v, -A], -2), stacked([shift, b], -1))
 
 
 def columns(A: Tensor, extra: Tensor | None, times: float = 1.0) -> Tensor:

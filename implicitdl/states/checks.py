@@ -48,9 +48,10 @@ def checked_options(
             f"penalty: got {penalty!r}, expected L1, Group, Perspective, LowRank or a number."
         )
     if readout is None:
+        weight = getattr(penalty, "weight", 0.0)
         coupled = isinstance(penalty, LowRank) or penalty.couples_rows
         # An error of an output is the last: nothing that follows makes up for it.
-        readout = L1(weight=0.0) if coupled else replace(penalty, weight=penalty.weight / 4)
+        readout = L1(weight=0.0) if coupled else replace(penalty, weight=weight / 4)  # type: ignore[type-var]
     if not isinstance(readout, Penalty) or readout.couples_rows:
         raise TypeError(f"readout: got {readout!r}, expected L1, Perspective or a number.")
     low_rank = isinstance(penalty, LowRank)

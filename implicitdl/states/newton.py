@@ -23,10 +23,12 @@ if TYPE_CHECKING:
     from .rows import RowProgram
 
 _ENTRIES = 1 << 23  # of the matrices of one call: 64 MiB
-_RIDGE = 1e-12  # relative to the largest entry of F'F: a direction even where columns are dependent
+_RIDGE = 1e-14  # relative to the largest entry of F'F: a direction even where columns are dependent
 _PIVOTS = 20  # faces of one step, each smaller
 _WALLS = 60  # walls of one step
-_DUAL = 1e-10  # violation of a dual constraint that counts as none, relative to |F'z|
+_DUAL = 1e-8  # violation of a dual constraint, relative to the penalty, that counts as none
+_DUAL_MOST = 1e-10  # the same relative to |F'z|
+_ROUNDING = 2e-14
 
 
 def finish(
@@ -46,6 +48,7 @@ def finish(
     left = torch.arange(W.shape[0], device=W.device)
     reached = torch.zeros(W.shape[0], dtype=torch.bool, device=W.device)
     quiet = torch.zeros(W.shape[0], dtype=torch.long, device=W.device)
+    settled = torch.zeros_like(quiet)  # steps in a row that only rounding made
     decrement = torch.full((W.shape[0],), torch.inf, dtype=W.dtype, device=W.device)
     steps = 0
     while steps < max_steps and left.numel():
@@ -53,7 +56,10 @@ def finish(
         G = W[left] @ program.gram - own.cross  # the gradient
         enter = _entering(own, penalty, W[left], G)
         scale = 0.5 * own.energy.clamp_min(torch.finfo(W.dtype).tiny)
-        done = ~enter.any(1) & (decrement[left] <= 1e-2 * tolerance * scale)
+        small = decrement[left] <= 1e-2 * tolerance * scale
+        settled[left] = torch.where(small, settled[left] + 1, 0)
+        exact = (decrement[left] <= 1e-6 * tolerance * scale) | (settled[left] >= 3)
+        done = ~enter.any(1) & small & exact
         reached[left[done]] = True
         go = ~done & (quiet[left] < 5)
         left, G, enter = left[go], G[go], enter[go]
@@ -92,7 +98,9 @@ def _entering(program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor) -
         level = start + theta[:, None] * program.weights
     excess = G.abs() - level
     unit = program.cross.abs().amax(1, keepdim=True).clamp_min(1e-300)
-    violated = ~on & (excess > _DUAL * unit)
+    # What counts as violated: far below the penalty, above the rounding of F'F w.
+    level = torch.maximum(torch.minimum(_DUAL * start, _DUAL_MOST * unit), _ROUNDING * unit)
+    violated = ~on & (excess > level)
     if program.allowed is not None:
         violated &= program.allowed
     violated &= ~_free(program, penalty)  # which are in the support anyway
@@ -146,6 +154,12 @@ class _Face:
     columns: Tensor  # (r, k, m), K^-1 E
     pins: Tensor  # (r, m), where among the k
     real: Tensor  # (r, m) bool, whether it is one
+    # What `step` leaves for `onward`: K^-1 of the force and of lean, the room in the ball, the
+    # multiplier that the force already tells, and the step among the k.
+    base: Tensor | None = None  # (r, k, 1 or 2)
+    slack: Tensor | None = None  # (r,)
+    near: Tensor | None = None  # (r,)
+    move: Tensor | None = None  # (r, k)
 
     @staticmethod
     def of(
@@ -163,9 +177,12 @@ class _Face:
         own = penalty.curvature(W.abs()).gather(1, index) + ridge
         K.diagonal(dim1=1, dim2=2).add_(torch.where(there, own, 1.0))
         factor, failed = torch.linalg.cholesky_ex(K)
-        if bool(failed.any()):  # dependent beyond rounding: a larger ridge, a shorter step
-            K.diagonal(dim1=1, dim2=2).add_(1e4 * ridge)
-            factor = torch.linalg.cholesky(K)
+        for more in (1e2, 1e4, 1e6):  # dependent beyond rounding: a larger ridge, a shorter step
+            again = failed.nonzero().flatten()
+            if not again.numel():
+                break
+            K.diagonal(dim1=1, dim2=2)[again] += more * ridge
+            factor[again], failed[again] = torch.linalg.cholesky_ex(K[again])
         lean = None
         if program.weights is not None and program.radius is not None:
             lean = (program.weights * sign).gather(1, index) * there
@@ -174,25 +191,14 @@ class _Face:
             program, penalty, sign, index, there, factor, lean, factor[:, :, :0], none, none > 0
         )
 
-    def _solved(self, *right: Tensor) -> Tensor:
+    def _inverse(self, *right: Tensor) -> Tensor:
         half = torch.linalg.solve_triangular(self.factor, torch.stack(right, 2), upper=False)
-        found = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
-        if not self.pins.shape[1]:
-            return found
-        E = self.pins[:, :, None]
-        S = self.columns.gather(1, E.expand(-1, -1, E.shape[1]))  # E'K^-1 E
-        S = S * (self.real[:, :, None] & self.real[:, None, :])
-        S = S + torch.diag_embed((~self.real).to(S.dtype))
-        mu = found.gather(1, E.expand(-1, -1, found.shape[2])) * self.real[:, :, None]
-        return found - self.columns @ torch.linalg.solve(S, mu)
+        return torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
 
     def pin(self, entry: Tensor) -> None:
         """One entry of each row; -1 for none.  # (r,)"""
         at = (self.index == entry[:, None]) & self.there
-        unit = at.to(self.factor.dtype)[:, :, None]
-        half = torch.linalg.solve_triangular(self.factor, unit, upper=False)
-        column = torch.linalg.solve_triangular(self.factor.mT, half, upper=True)
-        self.columns = torch.cat([self.columns, column], 2)
+        self.columns = torch.cat([self.columns, self._inverse(at.to(self.factor.dtype))], 2)
         self.pins = torch.cat([self.pins, at.to(torch.int8).argmax(1, keepdim=True)], 1)
         self.real = torch.cat([self.real, at.any(1, keepdim=True)], 1)
 
@@ -201,25 +207,42 @@ class _Face:
         size = W.abs()
         force = (G + self.sign * self.penalty.slope(size)).gather(1, self.index) * self.there
         right, program = [-force], self.program
-        near = slack = None
         if self.lean is not None:
-            slack = program.radius - (size * program.weights).sum(1)
+            self.slack = program.radius - (size * program.weights).sum(1)
             # The multiplier that the force already tells is taken off first: near the optimum nothing
             # is left, and the step is not the difference of two long vectors.
             near = -(force * self.lean).sum(1) / self.lean.square().sum(1).clamp_min(1e-300)
-            near = torch.where(slack <= 1e-6 * program.radius, near, 0.0).clamp_min(0)
-            right = [-force - near[:, None] * self.lean, self.lean]
-        solved = self._solved(*right)
-        move = solved[:, :, 0]
+            self.near = torch.where(self.slack <= 1e-6 * program.radius, near, 0.0).clamp_min(0)
+            right = [-force - self.near[:, None] * self.lean, self.lean]
+        self.base = self._inverse(*right)
+        step = self._stepped()
+        return step, (force * self.move).sum(1).abs()
+
+    def onward(self, t: Tensor) -> Tensor:
+        """The step from where a share t of the last one led, entries pinned since: the force has
+        changed by K times that, so that nothing is to be solved anew.  # (r,) -> (r, d)"""
+        went = t[:, None] * self.move
+        self.base[:, :, 0] -= went
         if self.lean is not None:
-            along = (self.lean * solved[:, :, 1]).sum(1)
-            more = ((self.lean * move).sum(1) - slack) / along.clamp_min(1e-300)
-            more = torch.maximum(more, -near).masked_fill(
-                along <= 0, 0.0
-            )  # in all, none below zero
-            move = move - more[:, None] * solved[:, :, 1]
-        step = torch.zeros_like(W).scatter_(1, self.index, move * self.there)
-        return step, (force * move).sum(1).abs()
+            self.slack = self.slack - (self.lean * went).sum(1)
+        return self._stepped()
+
+    def _stepped(self) -> Tensor:
+        found = self.base
+        if self.pins.shape[1]:
+            E = self.pins[:, :, None]
+            S = self.columns.gather(1, E.expand(-1, -1, E.shape[1]))  # E'K^-1 E
+            S = S * (self.real[:, :, None] & self.real[:, None, :])
+            S = S + torch.diag_embed((~self.real).to(S.dtype))
+            mu = found.gather(1, E.expand(-1, -1, found.shape[2])) * self.real[:, :, None]
+            found = found - self.columns @ torch.linalg.solve(S, mu)
+        self.move = found[:, :, 0]
+        if self.lean is not None:
+            along = (self.lean * found[:, :, 1]).sum(1)
+            more = ((self.lean * self.move).sum(1) - self.slack) / along.clamp_min(1e-300)
+            more = torch.maximum(more, -self.near).masked_fill(along <= 0, 0.0)  # none below zero
+            self.move = self.move - more[:, None] * found[:, :, 1]
+        return torch.zeros_like(self.sign).scatter_(1, self.index, self.move * self.there)
 
 
 def _step(
@@ -236,25 +259,33 @@ def _step(
     trial = W + step
     walls = support & ~free
     plain = ~((trial.sign() != sign) & walls).any(1)
-    # At the optimum only rounding moves, that of the terms of w'F'F w.
-    size = trial.abs()
-    noise = 1e-15 * (((size @ program.gram.abs()) * size).sum(1) + program.energy)
-    flat = program.objective(program.inside(trial), penalty) <= before + noise
+    # At the optimum only rounding moves.
+    flat = program.objective(program.inside(trial), penalty) <= before + _noise(program, trial)
     full = torch.where(plain & flat, gain, torch.inf)
     new = torch.where((plain & flat)[:, None], program.inside(trial), W)
     left = (~(plain & flat)).nonzero().flatten()
-    for attempt in (_pivoted, _walked, _proximal):
+    for attempt in (_pivoted, _walked, _searched, _proximal):
         if not left.numel():
             break
         some = program.rows(left)
         found = attempt(
             some, penalty, W[left], G[left], sign[left], support[left], walls[left], step[left]
         )
-        good = some.objective(found, penalty) < before[left]
+        # What a face gains may be less than the rounding of the objective; `quiet` ends that.
+        room = _noise(some, found) if attempt is _pivoted else 0.0
+        good = some.objective(found, penalty) < before[left] + room
         new[left[good]] = found[good]
         left = left[~good]
-    fell = (new != W).any(1)
+    fell = program.objective(new, penalty) < before - _noise(program, new)
     return new, full, fell
+
+
+def _noise(program: "RowProgram", W: Tensor) -> Tensor:
+    """Rounding of the objective, whose terms w'F'F w may be larger than what is left of them; never
+    more than can be told from a change.  # (r,)"""
+    size = W.abs()
+    terms = ((size @ program.gram.abs()) * size).sum(1) + program.energy
+    return torch.minimum(1e-15 * terms, 1e-12 * program.energy)
 
 
 def _pivoted(
@@ -302,9 +333,24 @@ def _walked(
         if not bool((first >= 0).any()):
             break
         face.pin(first)
-        step, _ = face.step(W, W @ program.gram - program.cross)
-        step = step.masked_fill(walls & ~open_, 0.0)
+        step = face.onward(t.clamp(max=1.0)).masked_fill(walls & ~open_, 0.0)
     return program.inside(torch.where((W.sign() != sign) & walls, 0.0, W))
+
+
+def _searched(
+    program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor, sign: Tensor,
+    support: Tensor, walls: Tensor, step: Tensor,
+) -> Tensor:  # fmt: skip
+    """The lowest point on the way of the step, where psi bends between zero and the step's end."""
+    slope, bend = (step * G).sum(1), ((step @ program.gram) * step).sum(1)
+    low, high = torch.zeros_like(slope), torch.ones_like(slope)
+    for _ in range(50):  # the derivative along the way rises
+        t = (low + high) / 2
+        there = W + t[:, None] * step
+        rise = slope + t * bend + (step * there.sign() * penalty.slope(there.abs())).sum(1)
+        low, high = torch.where(rise < 0, t, low), torch.where(rise < 0, high, t)
+    there = W + high[:, None] * step
+    return program.inside(torch.where(there.abs() <= 1e-13 * step.abs(), 0.0, there))
 
 
 def _proximal(

@@ -142,7 +142,7 @@ class RowProgram:
             )
         if penalty.nothing and self.radius is None and (least := self._least_norm()) is not None:
             return RowSolution(W=least, objective=self.fit(least), gap=None, steps=(0, 0))
-        W, steps = self._split(penalty, 1e-3, 60, check=10)
+        W, steps = self._split(penalty, 1e-3, 120, check=10)
         W, newton, reached = finish(self, penalty, W, tolerance)
         gap = self.gap(W, penalty)
         scale = 0.5 * self.energy.clamp_min(torch.finfo(W.dtype).tiny)
