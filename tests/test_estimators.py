@@ -26,8 +26,14 @@ LEAVES_OUT = pytest.mark.filterwarnings("ignore::sklearn.exceptions.SkipTestWarn
     "estimator",
     [
         ImplicitClassifier(8, epochs=8, learning_rate=0.03, random_state=0),
-        ImplicitRegressor(8, epochs=8, learning_rate=0.03, random_state=0),
-        LiftedClassifier((8,), epochs=10, learning_rate=0.03, random_state=0),
+        pytest.param(
+            ImplicitRegressor(8, epochs=8, learning_rate=0.03, random_state=0),
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
+            LiftedClassifier((8,), epochs=10, learning_rate=0.03, random_state=0),
+            marks=pytest.mark.slow,
+        ),
         LiftedRegressor((8,), epochs=10, learning_rate=0.03, random_state=0),
     ],
     ids=lambda e: type(e).__name__,
@@ -38,7 +44,7 @@ def test_checks_of_scikit_learn(estimator):
 
 def test_pipeline_and_search():
     X, y = load_breast_cancer(return_X_y=True)
-    pipeline = make_pipeline(MinMaxScaler(), ImplicitClassifier(**SMALL))
+    pipeline = make_pipeline(MinMaxScaler(), ImplicitClassifier(**{**SMALL, "epochs": 12}))
     search = GridSearchCV(pipeline, {"implicitclassifier__states": [2, 8]}, cv=2).fit(X, y)
     assert search.best_score_ > 0.94
     names = np.array(["benign", "malignant"])[y]
@@ -66,7 +72,7 @@ def test_lifted_estimators():
 
 def test_regression():
     X, y = load_diabetes(return_X_y=True)
-    model = ImplicitRegressor(states=10, epochs=30, weight_decay=0.1, random_state=0)
+    model = ImplicitRegressor(states=10, epochs=15, weight_decay=0.1, random_state=0)
     assert cross_val_score(model, X, y, cv=3).mean() > 0.35  # a linear fit has 0.49
     two = model.fit(X, np.stack([y, -2 * y], 1)).predict(X)
     assert two.shape == (len(X), 2)
