@@ -522,6 +522,7 @@ def test_what_failed_does_not_touch_gradients_of_shared_data():
         torch.testing.assert_close(g, e)
 
 
+@SCRIPT
 def test_forward_over_reverse_is_refused_with_the_reason():
     P, q, G, h, _, _ = quadratic(1, 3, 4)
     layer = QuadraticProgram(order=2)

@@ -23,6 +23,7 @@ class Cones:
         second_order: q_1, ..., q_m, each at least 1.
 
     Raises:
+        TypeError: `second_order` is no tuple or list.
         ValueError: a size that is no such number.
     """
 
@@ -30,6 +31,11 @@ class Cones:
     second_order: tuple[int, ...] = ()
 
     def __post_init__(self) -> None:
+        if not isinstance(self.second_order, tuple | list):
+            raise TypeError(
+                f"Cones: got second_order={self.second_order!r}, expected the sizes of the "
+                "second-order cones, as (4,) or (3, 3)."
+            )
         object.__setattr__(self, "second_order", tuple(self.second_order))
         sizes = (self.nonnegative, *self.second_order)
         if (

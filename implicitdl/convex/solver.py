@@ -256,6 +256,10 @@ def solve(
         work, w, codes, error, steps, found = transforms.root(work, check, order, on_failure)
         extra: dict[str, Any] = {}
     else:
+        if start is not None and "point" not in getattr(start, "stats", {}):
+            raise TypeError(
+                f"start: got {type(start).__name__}, expected the Solution of a convex layer."
+            )
         guess = None if start is None else start.stats["point"].to(torch.float64)
         if guess is not None and guess.shape != (program.batch, sum(program.sizes)):
             raise ValueError(
