@@ -171,7 +171,7 @@ def programs(task: Task, net: nn.Sequential, quick: bool) -> list[dict[str, Any]
         with contextlib.suppress(ImportError):
             row["cvx"] = convex(X, u.mT, Z, weight, task.rows, judged, mine)
             row["cvx"]["seconds of all rows"] = row["cvx"]["seconds a row"] * n
-            row["admm"] = consensus(X, u.mT, Z, weight, judged, mine, 100 if quick else 500)
+            row["admm"] = consensus(X, u.mT, Z, weight, judged, mine, 100 if quick else 300)
         results.append(row)
         print(f"{task.name}, lambda {weight}: {seconds:.2f} s", flush=True)
     return results

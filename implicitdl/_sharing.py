@@ -62,7 +62,8 @@ class Sharing:
             from torch import distributed
 
             here = 0 if error is None else distributed.get_rank(self.group) + 1
-            found = torch.tensor([float(here)])
+            device = "cuda" if distributed.get_backend(self.group) == "nccl" else "cpu"
+            found = torch.tensor([float(here)], device=device)
             distributed.all_reduce(found, op=distributed.ReduceOp.MAX, group=self.group)
             if error is None and int(found) > 0:
                 error = ValueError(

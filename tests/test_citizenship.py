@@ -33,8 +33,19 @@ def float32_by_default():
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")
 @pytest.mark.filterwarnings("ignore::UserWarning")
-@pytest.mark.parametrize("title", CHECKS)
-@pytest.mark.parametrize("name", OURS)
+@pytest.mark.parametrize(
+    ("name", "title"),
+    [
+        pytest.param(
+            name,
+            title,
+            # Two processes that import everything: one layer of the three stands for all.
+            marks=[pytest.mark.slow] * (title.startswith("Distributed") and name != OURS[0]),
+        )
+        for name in OURS
+        for title in CHECKS
+    ],
+)
 def test_the_table_is_true(name, title):
     if name == "EquilibriumLayer" and title.startswith(REFUSED):
         with pytest.raises(Exception, match="EquilibriumLayer|closure|Observed exception"):

@@ -128,6 +128,34 @@ def test_a_tiny_penalty_does_not_stall(weight):
     assert solution.steps[1] < 300
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_programs_of_many_kinds(seed):
+    """Few samples or many, dead, equal and dependent features, scales far apart, all penalties."""
+    g = torch.Generator().manual_seed(seed)
+
+    def one(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=g))]
+
+    m, n, p, r = one(10, 40, 200), one(1, 5, 30), one(4, 40), one(1, 4, 20)
+    F = torch.cat([torch.relu(randn(m, n, seed=seed) + one(-2, 0, 2)), randn(m, p, seed=99)], 1)
+    if one(True, False):
+        F[:, 1] = F[:, 0]
+        F[:, 2] = F[:, 0] + F[:, -1]
+    F = F * torch.exp(one(0, 3) * randn(n + p, seed=seed + 50))
+    Z = F @ randn(n + p, r, seed=seed + 60) * one(0, 1) + one(1e-3, 1) * randn(m, r, seed=seed + 70)
+    F, Z = F / F.norm(dim=0).clamp_min(1e-9), Z / Z.norm(dim=0)
+    weights = torch.cat([randn(n, seed=seed + 80).exp(), torch.zeros(p)])
+    problem = RowProgram(
+        gram=F.mT @ F, cross=Z.mT @ F, energy=Z.square().sum(0), weights=weights,
+        radius=10.0 ** one(-3, -1, 1) * torch.linspace(0.1, 1, r),
+    )  # fmt: skip
+    weight = one(1e-6, 1e-4, 1e-2, 0.3)
+    for penalty in (L1(weight=weight), Perspective(weight=weight, ridge=one(1e-4, 1e-2, 1.0))):
+        solution = problem.solve(penalty)
+        assert float((solution.gap / problem.energy).max()) <= 1e-9
+        assert bool((length(problem, solution.W) <= problem.radius * (1 + 1e-13)).all())
+
+
 def test_an_unbounded_program_is_refused():
     bad = RowProgram(
         gram=torch.diag(torch.tensor([1.0, 0.0])), cross=torch.ones(1, 2), energy=torch.ones(1)

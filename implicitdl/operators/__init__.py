@@ -16,6 +16,7 @@ from .convolution import Convolution
 from .dense import Dense, Identity, LowRank, Scale, Zero
 from .fixed import Gather, Pooling
 from .grid import Grid, Space
+from .sparse import Sparse
 
 __all__ = [
     "DENSE_LIMIT",
@@ -32,6 +33,7 @@ __all__ = [
     "Product",
     "Scale",
     "Space",
+    "Sparse",
     "Sum",
     "Weight",
     "Zero",

@@ -32,7 +32,7 @@ class Sparse(Operator):
 
     Example:
         >>> import torch
-        >>> from implicitdl.operators import Sparse
+        >>> from implicitdl.operators.sparse import Sparse
         >>> W = Sparse.of(torch.tensor([[0.0, 2.0, 0.0], [1.0, 0.0, 0.0]]))
         >>> W, W.apply(torch.tensor([[3.0, 5.0, 7.0]]))
         (sparse 3 -> 2, tensor([[10.,  3.]]))

@@ -58,8 +58,11 @@ def finish(
         scale = 0.5 * own.energy.clamp_min(torch.finfo(W.dtype).tiny)
         small = decrement[left] <= 1e-2 * tolerance * scale
         settled[left] = torch.where(small, settled[left] + 1, 0)
-        exact = (decrement[left] <= 1e-6 * tolerance * scale) | (settled[left] >= 3)
-        done = ~enter.any(1) & small & exact
+        done = ~enter.any(1) & small
+        ready = done.nonzero().flatten()
+        gap = program.rows(left[ready]).gap(W[left[ready]], penalty) if len(ready) else None
+        if gap is not None:  # a bound may ask for more than the decrement does
+            done[ready] = (gap <= 0.1 * tolerance * scale[ready]) | (settled[left[ready]] >= 5)
         reached[left[done]] = True
         go = ~done & (quiet[left] < 5)
         left, G, enter = left[go], G[go], enter[go]

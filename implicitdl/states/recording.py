@@ -5,7 +5,7 @@ hold other samples add their sums, in one call of torch.distributed that does no
 """
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -170,6 +170,3 @@ def evaluation_order(structure: Structure) -> Tensor:
     return torch.tensor(
         [number[k] for k, block in enumerate(structure.blocks) for _ in range(block.size)]
     )
-
-
-Batches = Callable[[], Iterator[tuple[Tensor, Tensor]]]
