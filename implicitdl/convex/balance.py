@@ -91,7 +91,15 @@ class Balance:
 
 
 def balance(program: Program) -> Balance | None:
-    """The factors for a program, or None where its units are fine."""
+    """The factors for a program, or None where its units are fine; worked out once a program."""
+    kept = program.__dict__
+    if "units" not in kept:
+        kept["units"] = _balance(program)
+    found: Balance | None = kept["units"]
+    return found
+
+
+def _balance(program: Program) -> Balance | None:
     P, G, A = (None if t is None else t.detach().abs() for t in (program.P, program.G, program.A))
     assert G is not None and A is not None
     K, (n, p, M) = program.cones, program.sizes
