@@ -107,6 +107,12 @@ def unknown_name(what: str, got: object, valid: Iterable[str]) -> ValueError:
     return ValueError(f"{what}: got {got!r}, expected one of {', '.join(map(repr, valid))}.{hint}")
 
 
+def listed(values: Iterable[object]) -> str:
+    """Up to eight of them with commas, and dots where there are more."""
+    every = list(values)
+    return ", ".join(map(str, every[:8])) + (", ..." if len(every) > 8 else "")
+
+
 def _outside() -> int:
     """The stack level of the first caller that is not in this package, seen from a caller."""
     frame, level = sys._getframe(1), 1
@@ -190,7 +196,7 @@ class Solution:
         """Which samples failed, how far they got, and what to do, in one paragraph."""
         codes = self.codes.flatten()
         bad = torch.nonzero(codes != Status.CONVERGED.code).flatten()
-        shown = ", ".join(map(str, bad[:8].tolist())) + (", ..." if bad.numel() > 8 else "")
+        shown = listed(bad.tolist())
         worst = float(
             self.residual.flatten()[bad].nan_to_num(nan=torch.inf, posinf=torch.inf).max()
         )

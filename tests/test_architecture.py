@@ -28,6 +28,7 @@ ORDER = (
     "_krylov",
     "_sharing",
     "solution",
+    "_samples",
     "activations",
     "operators",
     "maps",

@@ -90,13 +90,15 @@ class Balance:
         return self._out(x, y, s, s - v)
 
 
-def balance(program: Program) -> Balance | None:
-    """The factors for a program, or None where its units are fine; worked out once a program."""
+def balanced(program: Program) -> tuple[Balance | None, Program]:
+    """The factors for a program and the program in these units; None and itself where its units are
+    fine. Worked out once a program: its solve and its derivatives ask for them."""
     kept = program.__dict__
-    if "units" not in kept:
-        kept["units"] = _balance(program)
-    found: Balance | None = kept["units"]
-    return found
+    if "balanced" not in kept:
+        units = _balance(program)
+        kept["balanced"] = units, None if units is None else units.scaled(program)
+    units, scaled = kept["balanced"]
+    return units, program if scaled is None else scaled
 
 
 def _balance(program: Program) -> Balance | None:

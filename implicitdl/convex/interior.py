@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from .cones import divide, longest_step, multiply, scaling
-from .program import Program, cholesky_solve, size_of
+from .program import Program, cholesky, cholesky_solve, size_of
 
 
 class State:
@@ -97,14 +97,10 @@ def _proved(program: Program, v: State, proof: float) -> tuple[State, Tensor]:
     """States whose y and z fulfil A'y + G'z = 0 to rounding, and which of them prove that no x is
     feasible: near the border of infeasibility the steps' own rounding hides it."""
     G, A = program.rows
-    n, p, _ = v.sizes
-    H = G.M.mT @ G.M
-    H = H.expand(v.data.shape[0], n, n).clone() if H.dim() == 2 else H
+    p, H = program.b.shape[1], G.square(program.batch)
     if p:
         H += program.gram
-    d = H.diagonal(dim1=-2, dim2=-1)
-    d += 4 * torch.finfo(H.dtype).eps * d.amax(-1, keepdim=True).clamp_min(1.0)
-    L = torch.linalg.cholesky_ex(H)[0]
+    L, _ = cholesky(H, 4 * torch.finfo(H.dtype).eps)
     y, z = v.y, v.z
     for _ in range(2):
         back = G.back(z) + A.back(y) if p else G.back(z)
@@ -133,19 +129,13 @@ class Factor:
             H += program.P
         if self.p:
             H += program.gram
-        d = H.diagonal(dim1=-2, dim2=-1)
-        eps = 4 * torch.finfo(H.dtype).eps
-        self.H, self.play = H, eps * d.amax(-1, keepdim=True).clamp_min(1.0)
-        d += self.play
-        self.L = torch.linalg.cholesky_ex(H)[0]
+        self.H, eps = H, 4 * torch.finfo(H.dtype).eps
+        self.L, self.play = cholesky(H, eps)
         if self.p:
             A = program.A
             rows = A.mT.expand(H.shape[0], -1, -1) if A.dim() == 2 else A.mT
             self.Y = torch.linalg.solve_triangular(self.L, rows, upper=False)
-            S = self.Y.mT @ self.Y
-            d = S.diagonal(dim1=-2, dim2=-1)
-            d += eps * d.amax(-1, keepdim=True).clamp_min(1.0)
-            self.LS = torch.linalg.cholesky_ex(S)[0]
+            self.LS, _ = cholesky(self.Y.mT @ self.Y, eps)
 
     def solve(self, t1: Tensor, t2: Tensor, Ft3: Tensor) -> tuple[Tensor, Tensor]:
         """x and y for rows t1 (batch, k, n), t2 (batch, k, p), F t3 (batch, k, M)."""
@@ -176,12 +166,9 @@ class Factor:
 def start(program: Program) -> State:
     """x, y, z of the program with K a whole space and ||s||^2 / 2 added; s and z shifted into K."""
     K = program.cones
-    batch, (n, p, M) = program.batch, program.sizes
-    G = program.rows[0]
-    H = G.M.mT @ G.M
-    H = H.expand(batch, n, n).clone() if H.dim() == 2 else H
-    h = program.h[:, None]
-    x, y = Factor(program, H).solve(-program.q[:, None], program.b[:, None], h)
+    G, h = program.rows[0], program.h[:, None]
+    factor = Factor(program, G.square(program.batch))
+    x, y = factor.solve(-program.q[:, None], program.b[:, None], h)
     z = (G.times(x) - h)[:, 0]
     e = K.unit(program.q)
 
@@ -190,8 +177,9 @@ def start(program: Program) -> State:
         size = size_of(u).clamp_min(1.0)[:, None]
         return torch.where(depth > 1e-3 * size, u, u + (1 + (-depth).clamp_min(0)) * e)
 
-    one = program.q.new_ones(batch, 1)
-    return State(torch.cat([x[:, 0], y[:, 0], inside(z), inside(-z), one, one], 1), (n, p, M))
+    one = program.q.new_ones(program.batch, 1)
+    data = torch.cat([x[:, 0], y[:, 0], inside(z), inside(-z), one, one], 1)
+    return State(data, program.sizes)
 
 
 def _dot(a: Tensor, b: Tensor) -> Tensor:

@@ -17,10 +17,10 @@ import warnings
 import torch
 from torch import Tensor
 
-from ..solution import ConvergenceError, ConvergenceWarning
-from .balance import Balance, balance
+from ..solution import ConvergenceError, ConvergenceWarning, listed
+from .balance import balanced
 from .cones import derivative
-from .program import Program, cholesky_solve, chunks, size_of
+from .program import Program, cholesky, cholesky_solve, chunks, size_of
 
 # Relative residual at which a solve with J is as good as the data of most problems. A step of
 # refinement about squares it, so one that starts below the root of this is not checked: looking at
@@ -53,9 +53,7 @@ class KKT:
                 H += program.P
             if program.b.shape[1]:
                 H += program.gram / self.delta
-            d = H.diagonal(dim1=-2, dim2=-1)
-            d += 16 * eps * d.amax(-1, keepdim=True).clamp_min(1.0)
-            L = torch.linalg.cholesky_ex(H)[0]
+            L, _ = cholesky(H, 16 * eps)
         self.L = L
 
     def apply(self, w: Tensor, back: bool) -> Tensor:
@@ -212,15 +210,11 @@ class Inverse:
         self.on_failure = on_failure
 
     @functools.cached_property
-    def _units(self) -> Balance | None:
-        return balance(self.program)
-
-    @functools.cached_property
     def _parts(self) -> list[tuple[slice, KKT]]:
         """J there, in the units of `balance`, some instances at a time."""
-        p, w, u = self.program, self.w, self._units
+        w, (u, p) = self.w, balanced(self.program)
         if u is not None:
-            p, w = u.scaled(p), u.into(p, w)
+            w = u.into(self.program, w)
         L, self.L = self.L, None
         out = []
         for part in chunks(p):
@@ -253,7 +247,7 @@ class Inverse:
         """w with J w = b, or J'w = b; NaN where one is asked for that does not exist."""
         hit = bool(self.failed.any())
         rows = self.failed[:, None]
-        u, p = self._units, self.program
+        p, (u, _) = self.program, balanced(self.program)
         r = torch.where(rows, 0.0, b) if hit else b
         if u is None:
             w, error = self.solve(r, transposed)
@@ -276,9 +270,8 @@ def _tell(error: Tensor, on_failure: str) -> None:
     if on_failure == "nan":
         return
     bad = torch.nonzero(error > _BAD).flatten().tolist()
-    shown = ", ".join(map(str, bad[:8])) + (", ..." if len(bad) > 8 else "")
     message = (
-        f"The derivative of {len(bad)} of {error.numel()} solutions (index {shown}) was not found: "
+        f"The derivative of {len(bad)} of {error.numel()} solutions (index {listed(bad)}) was not found: "
         f"relative residual {float(error.amax()):.0e}. They are degenerate or not unique, and what the "
         "loss asks for has no derivative there; `gradient_certificate` names such instances. "
         "LinearProgram(smoothing=) or a positive definite P makes solutions smooth, "

@@ -29,6 +29,15 @@ def transposed(M: Tensor, y: Tensor) -> Tensor:
     return y @ M if M.dim() == 2 else (y[:, None] @ M)[:, 0]
 
 
+def cholesky(H: Tensor, play: float) -> tuple[Tensor, Tensor]:
+    """L with L L' = H, and what is added to H's diagonal, in place, for that: `play` times its
+    largest entry, or times one.  # (batch, n, n) -> (batch, n, n), (batch, 1)"""
+    d = H.diagonal(dim1=-2, dim2=-1)
+    extra = play * d.amax(-1, keepdim=True).clamp_min(1.0)
+    d += extra
+    return torch.linalg.cholesky_ex(H)[0], extra
+
+
 def cholesky_solve(L: Tensor, b: Tensor) -> Tensor:
     """(L L')^-1 b, row by row; torch's own copies L.  # (batch, n, n), (batch, k, n)"""
     y = torch.linalg.solve_triangular(L, b.mT, upper=False)
@@ -70,6 +79,11 @@ class Rows:
         if self.M.dim() == 2:
             return z @ self.M
         return (z[:, None] @ self.M)[:, 0] if z.dim() == 2 else z @ self.M
+
+    def square(self, batch: int) -> Tensor:
+        """M'M, to be written on.  # (batch, n, n)"""
+        H = self.M.mT @ self.M
+        return H.expand(batch, -1, -1).clone() if H.dim() == 2 else H
 
     @functools.cached_property
     def _grams(self) -> list[Tensor | None]:

@@ -18,9 +18,10 @@ from ..solution import (
     Status,
     _outside,
     check_on_failure,
+    listed,
 )
 from . import interior, transforms
-from .balance import balance
+from .balance import balanced
 from .newton import Factors, Inverse, polished
 from .program import Program, chunks
 
@@ -69,11 +70,11 @@ class ConeSolver:
             start: w of a nearby program, rows of NaN where there is none.
             keep: whether the factors of J are of use later.
         """
-        units = balance(program)
+        units, scaled = balanced(program)
         if units is None:
             return self._points(program, start, keep)
         first = None if start is None else units.into(program, start)
-        found = self._points(units.scaled(program), first, keep)
+        found = self._points(scaled, first, keep)
         w = units.out_of(program, found.w)
         solved = found.codes == Status.CONVERGED.code
         # In the old units a residual may weigh more, or less.
@@ -217,7 +218,8 @@ def _certificate(state: interior.State, hit: Tensor, which: int) -> Tensor:
         x, v = torch.zeros_like(x), -state.z[hit]
     else:
         y, v = torch.zeros_like(y), state.s[hit]
-    return torch.cat([x, y, v], 1) / _length(torch.cat([x, y, v], 1))
+    w = torch.cat([x, y, v], 1)
+    return w / _length(w)
 
 
 def _length(w: Tensor) -> Tensor:
@@ -271,7 +273,7 @@ def solve(
         best = _found(plain, solver, guess, keep=not constant())
         found, codes, error, steps = best.w, best.codes, best.error, best.steps
         work, w, inverse = _attached(work, plain, best, order, on_failure)
-        extra = {"point": w.detach(), "inverse": inverse}
+        extra = {"inverse": inverse}
     # What was not solved is NaN at the very end: before, it would be in gradients of shared data.
     failed = codes != Status.CONVERGED.code
     gap = torch.where(failed, torch.nan, 0.0)[:, None].to(w)
@@ -287,8 +289,10 @@ def solve(
         "slack": (s + gap).to(dtype),
         "error": error,
         "certificate": torch.where(_proof(codes)[:, None], found, torch.nan),
-        **{k: t + gap if k == "point" else t for k, t in extra.items()},
+        **extra,
     }
+    if extra:
+        stats["point"] = (w + gap).detach()
     solution = Solution(
         value=(x + gap).to(dtype),
         codes=codes,
@@ -396,8 +400,7 @@ def _check(solution: Solution, on_failure: str) -> None:
         for status in (Status.INFEASIBLE, Status.UNBOUNDED):
             some = torch.nonzero(solution.codes == status.code).flatten().tolist()
             if some:
-                shown = ", ".join(map(str, some[:8])) + (", ..." if len(some) > 8 else "")
-                parts.append(f"{len(some)} {status.name.lower()} (index {shown})")
+                parts.append(f"{len(some)} {status.name.lower()} (index {listed(some)})")
         raise InfeasibleError(
             f"Of {solution.codes.numel()} programs, {' and '.join(parts)}: `.certificate` has the "
             "proof of each. on_failure='nan' gives NaN for these instances and leaves the others "
@@ -409,10 +412,9 @@ def _check(solution: Solution, on_failure: str) -> None:
         return
     bad = torch.nonzero(~solution.converged).flatten()
     names = sorted({s.name for s in solution.statuses if s is not Status.CONVERGED})
-    shown = ", ".join(map(str, bad[:8].tolist())) + (", ..." if bad.numel() > 8 else "")
     worst = float((solution.residual[bad]).nan_to_num(nan=torch.inf).amax())
     message = (
-        f"{bad.numel()} of {solution.codes.numel()} programs were not solved (index {shown}; "
+        f"{bad.numel()} of {solution.codes.numel()} programs were not solved (index {listed(bad.tolist())}; "
         f"{', '.join(names)}): worst error {worst:.2g} times `tol`. NONFINITE is NaN or infinity in "
         "the data (leave out rows without a limit); else the data are near the border of what is "
         "feasible or bounded, or of very different sizes: look at `stats['error']`, loosen "

@@ -114,34 +114,37 @@ class _Points(torch.autograd.Function):
 
 
 class _Chord(torch.autograd.Function):
-    """r -> J^-1 r at r = 0: free forward, a solve backward, a solve in forward mode."""
+    """r -> J^-1 r at r = 0: free forward, a solve backward, a solve in forward mode.
+
+    `how` is (K, on_failure), as `Inverse` takes them.
+    """
 
     @staticmethod
-    def forward(r: Tensor, order: int, cones: Any, *fixed: Tensor | None) -> Tensor:
+    def forward(r: Tensor, order: int, how: Any, *fixed: Tensor | None) -> Tensor:
         return torch.zeros_like(r)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        r, ctx.order, ctx.cones, *fixed = inputs
+        r, ctx.order, ctx.how, *fixed = inputs
         ctx.save_for_backward(r, *fixed)
         ctx.save_for_forward(r, *fixed)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
         r, *fixed = ctx.saved_tensors
-        u = _Solve.apply(g, True, ctx.cones, *fixed)
+        u = _Solve.apply(g, True, ctx.how, *fixed)
         return Limit.apply(u, r, ctx.order - 1), *(None,) * (2 + len(fixed))
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
         r, *fixed = ctx.saved_tensors
-        return Limit.apply(_Solve.apply(t, False, ctx.cones, *fixed), r, ctx.order - 1)
+        return Limit.apply(_Solve.apply(t, False, ctx.how, *fixed), r, ctx.order - 1)
 
     @staticmethod
-    def vmap(info: Any, dims: Any, r: Tensor, order: int, cones: Any, *fixed: Any) -> Any:
+    def vmap(info: Any, dims: Any, r: Tensor, order: int, how: Any, *fixed: Any) -> Any:
         size = info.batch_size
         rows = _folded(size, (dims[0], *dims[3:]), (r, *fixed), (2, 2, 1, *_OWN))
-        return _unfolded(size, _Chord.apply(rows[0], order, cones, *rows[1:]))[0], 0
+        return _unfolded(size, _Chord.apply(rows[0], order, how, *rows[1:]))[0], 0
 
 
 class _Solve(torch.autograd.Function):
@@ -149,28 +152,28 @@ class _Solve(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        b: Tensor, back: bool, cones: Any, w: Tensor, failed: Tensor, *data: Tensor | None
+        b: Tensor, back: bool, how: Any, w: Tensor, failed: Tensor, *data: Tensor | None
     ) -> Tensor:
-        K, on_failure = cones
+        K, on_failure = how
         return Inverse(_program(data, K), w, failed, on_failure).apply(b, back)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: Any, output: Tensor) -> None:
-        _, ctx.back, ctx.cones, *fixed = inputs
+        _, ctx.back, ctx.how, *fixed = inputs
         ctx.save_for_backward(*fixed)
         ctx.save_for_forward(*fixed)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> Any:  # type: ignore[override]
-        u = _Solve.apply(g, not ctx.back, ctx.cones, *ctx.saved_tensors)
+        u = _Solve.apply(g, not ctx.back, ctx.how, *ctx.saved_tensors)
         return u, *(None,) * (2 + len(ctx.saved_tensors))
 
     @staticmethod
     def jvp(ctx: Any, t: Tensor, *_: Any) -> Tensor:  # type: ignore[override]
-        return _Solve.apply(t, ctx.back, ctx.cones, *ctx.saved_tensors)
+        return _Solve.apply(t, ctx.back, ctx.how, *ctx.saved_tensors)
 
     @staticmethod
-    def vmap(info: Any, dims: Any, b: Tensor, back: bool, cones: Any, *fixed: Any) -> Any:
+    def vmap(info: Any, dims: Any, b: Tensor, back: bool, how: Any, *fixed: Any) -> Any:
         size = info.batch_size
         rows = _folded(size, (dims[0], *dims[3:]), (b, *fixed), (2, 2, 1, *_OWN))
-        return _unfolded(size, _Solve.apply(rows[0], back, cones, *rows[1:]))[0], 0
+        return _unfolded(size, _Solve.apply(rows[0], back, how, *rows[1:]))[0], 0

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .._samples import require_finite_samples, require_labels
 from .penalties import Loss
 
 
@@ -28,18 +29,8 @@ def check_inputs(data: Any, like: Tensor, name: str = "data") -> Tensor:
             f"{name}: got {data.dtype} on {data.device}, expected {like.dtype} on {like.device} as "
             "the model's parameters; convert with .to()."
         )
-    _finite(name, data)
+    require_finite_samples(name, data)
     return data.detach()
-
-
-def _finite(name: str, t: Tensor) -> None:
-    bad = (~torch.isfinite(t)).reshape(len(t), -1).any(1).nonzero().flatten()
-    if len(bad):
-        shown = ", ".join(map(str, bad[:8].tolist())) + (", ..." if len(bad) > 8 else "")
-        raise ValueError(
-            f"{name}: {len(bad)} of {len(t)} samples have NaN or infinite entries (sample {shown}), "
-            "expected finite numbers; leave these samples out."
-        )
 
 
 def check_targets(
@@ -62,16 +53,10 @@ def check_targets(
             f"of shape ({samples},) or floating numbers of shape ({samples}, {outputs})."
         )
     if labels:
-        wrong = ((targets < 0) | (targets >= outputs)).nonzero().flatten()
-        if len(wrong):
-            first = int(wrong[0])
-            raise ValueError(
-                f"{name}: got the label {int(targets[first])} at sample {first}, expected labels "
-                f"from 0 to {outputs - 1}, as the model has {outputs} outputs."
-            )
+        require_labels(name, targets, outputs, "the model")
         one_hot = torch.nn.functional.one_hot(targets.long(), outputs)
         return one_hot.to(like.device, like.dtype)
-    _finite(name, targets)
+    require_finite_samples(name, targets)
     rows = targets.detach().to(like.device, like.dtype)
     if not loss.phi.entrywise:
         off = ((rows.sum(1) - 1).abs() > 1e-4) | (rows < 0).any(1)

@@ -3,9 +3,9 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
+from .._samples import require_finite_samples, require_labels
 from .._sharing import require_initialised
 from ..model import Structure
 from ..solution import unknown_name
@@ -85,17 +85,7 @@ def check_data(data: Any, least: int) -> None:
             f"data: got {data.dtype} of shape {tuple(data.shape)}, expected floating numbers "
             f"(samples, *input) with at least {least} samples."
         )
-    _finite("data", data)
-
-
-def _finite(name: str, t: Tensor) -> None:
-    bad = (~torch.isfinite(t)).reshape(len(t), -1).any(1).nonzero().flatten()
-    if len(bad):
-        shown = ", ".join(map(str, bad[:8].tolist())) + (", ..." if len(bad) > 8 else "")
-        raise ValueError(
-            f"{name}: {len(bad)} of {len(t)} samples have NaN or infinite entries (sample {shown}), "
-            "expected finite numbers; leave these samples out."
-        )
+    require_finite_samples("data", data)
 
 
 def check_targets(targets: Any, samples: int, outputs: int) -> None:
@@ -117,15 +107,9 @@ def check_targets(targets: Any, samples: int, outputs: int) -> None:
             f"({samples},) or numbers of shape ({samples}, {outputs})."
         )
     if not labels:
-        _finite("targets", targets)
+        require_finite_samples("targets", targets)
         return
-    wrong = ((targets < 0) | (targets >= outputs)).nonzero().flatten()
-    if len(wrong):
-        first = int(wrong[0])
-        raise ValueError(
-            f"targets: got the label {int(targets[first])} at sample {first}, expected labels from 0 "
-            f"to {outputs - 1}, as the network has {outputs} outputs."
-        )
+    require_labels("targets", targets, outputs, "the network")
 
 
 def check_model(f: Structure, kappa: float) -> None:
