@@ -11,33 +11,32 @@ from .base import UncertaintySet, shared, tensor
 from .conic import Conic, wide
 
 
-def _parts(U: "Sum | Intersection") -> None:
-    if not U.parts or not all(isinstance(p, UncertaintySet) for p in U.parts):
-        raise TypeError(f"parts: got {U.parts!r}, expected uncertainty sets.")
-    sizes = {p.dimension for p in U.parts}
-    if len(sizes) > 1:
-        raise ValueError(
-            f"parts: got sets of dimensions {[p.dimension for p in U.parts]}, expected one dimension."
-        )
-
-
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Sum(UncertaintySet):
-    """{z_1 + ... + z_p : z_i in U_i}, with h = h_1 + ... + h_p.
-
-    Args:
-        parts: U_1, ..., U_p, of one dimension.
-    """
+class _OfParts(UncertaintySet):
+    """What sets have in common that are made of others of one dimension."""
 
     parts: tuple[UncertaintySet, ...]
     own: ClassVar[dict[str, int]] = {}
 
     def __post_init__(self) -> None:
-        _parts(self)
+        if not self.parts or not all(isinstance(p, UncertaintySet) for p in self.parts):
+            raise TypeError(f"parts: got {self.parts!r}, expected uncertainty sets.")
+        sizes = [p.dimension for p in self.parts]
+        if len(set(sizes)) > 1:
+            raise ValueError(f"parts: got sets of dimensions {sizes}, expected one dimension.")
 
     @property
     def dimension(self) -> int:
         return self.parts[0].dimension
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Sum(_OfParts):
+    """{z_1 + ... + z_p : z_i in U_i}, with h = h_1 + ... + h_p.
+
+    Args:
+        parts: U_1, ..., U_p, of one dimension.
+    """
 
     def members(self) -> Conic:
         # z and z_1, ..., z_{p-1}; the last is what is left.
@@ -95,7 +94,7 @@ class Sum(UncertaintySet):
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
-class Intersection(UncertaintySet):
+class Intersection(_OfParts):
     """{z : z in every U_i}, with h(v) = inf of h_1(v_1) + ... + h_p(v_p) over v_1 + ... + v_p = v.
 
     The formula asks for a point inside all sets that are not polyhedral (Rockafellar 1970, corollary
@@ -104,16 +103,6 @@ class Intersection(UncertaintySet):
     Args:
         parts: U_1, ..., U_p, of one dimension.
     """
-
-    parts: tuple[UncertaintySet, ...]
-    own: ClassVar[dict[str, int]] = {}
-
-    def __post_init__(self) -> None:
-        _parts(self)
-
-    @property
-    def dimension(self) -> int:
-        return self.parts[0].dimension
 
     def members(self) -> Conic:
         return Conic.meet([part.members() for part in self.parts])
