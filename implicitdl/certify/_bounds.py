@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,14 +12,15 @@ from torch import Tensor
 from ..robust import UncertaintySet
 from ..solution import unknown_name
 from ..solvers import FixedPointSolver
-from ._crown import Context, backward, optimise, refine
-from ._graph import Graph, graph_of
-from ._interval import Point, Span, interval_spans, nominal, outer_box, ranges
+from ._graph import known
+from ._interval import Span, interval_spans
 from ._loops import Loop
+from ._nodes import Graph
 from ._norms import Query, block_lower, lipschitz_lower, sensitivity_spans
+from ._points import Context
 from ._programs import lp_lower, sdp_lower
+from ._refine import crown_lower, refined_spans
 from ._region import Region
-from ._relax import image
 
 METHODS = ("best", "crown", "interval", "lipschitz", "lp", "sdp", "sensitivity")
 MARGIN = 1e-9  # a margin that certifies is above it: what is left of rounding is far below
@@ -142,15 +143,15 @@ def bounded(
     """`bounds`; without `upper`, at half of the cost, upper is infinite."""
     start = time.perf_counter()
     with torch.no_grad():
-        graph = graph_of(model)
-        loops = [None if node.A is None else Loop(node) for node in graph.nodes]
+        graph, loops = known(model)
         whole = Region.of(region, around, graph)
         F = _rows(rows, graph, whole)
         query = Query.of(graph.output, F)
         parts = []
         for index in torch.arange(whole.samples, device=graph.example.device).split(SAMPLES):
             few = whole if len(index) == whole.samples else whole.rows(index)
-            parts.append(_bounds(graph, loops, few, query.rows(index), options, upper))
+            context = context_of(graph, loops, few, options)
+            parts.append(_bounds(context, query.rows(index), options, upper))
         joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     lower, top, below, above, residual = joined
     return Bounds(
@@ -199,172 +200,74 @@ def _rows(rows: Tensor | None, graph: Graph, region: Region) -> Tensor | None:
     return F
 
 
-Found = tuple[Tensor, Tensor, Tensor, Tensor, Tensor]  # lower, upper, states, residual
-
-
-def _bounds(
-    graph: Graph, loops: "list[Loop | None]", region: Region, query: Query, options: Options,
-    upper: bool,
-) -> Found:  # fmt: skip
-    points = nominal(graph, loops, region, options.solver, _needs_norms(loops, region, options))
-    residual = region.center.new_zeros(region.samples)
-    for point in points:
-        if point.residual.shape[-1]:
-            residual = torch.maximum(residual, point.residual.amax(-1))
-    run = _METHODS[options.method]
-    both = query
-    if upper:
-        both = Query(
-            {j: torch.cat([g, -g], 1) for j, g in query.start.items()},
-            torch.cat([query.constant, -query.constant], -1), query.fan,
-        )  # fmt: skip
-    low, spans = run(graph, loops, points, region, both, options)
-    k = query.constant.shape[-1]
-    low = low.expand(region.samples, low.shape[-1])
-    high = -low[:, k:] if upper else torch.full_like(low, math.inf)
-    below = graph.joined([s.below.expand(region.samples, -1) for s in spans])
-    above = graph.joined([s.above.expand(region.samples, -1) for s in spans])
-    shape = (region.samples, graph.states)
-    return low[:, :k], high, below.expand(shape), above.expand(shape), residual
-
-
-def _needs_norms(loops: "list[Loop | None]", region: Region, options: Options) -> bool:
-    """Whether a 2-norm can be of use: in a method that reads it, for a loop that has no other bound,
-    or where the region is no box."""
-    if options.method in ("best", "lipschitz"):
-        return True
-    if options.method in ("interval", "sensitivity"):
-        return False
-    return any(loop is not None and loop.weights is None for loop in loops) or _round(region)
-
-
-def _round(region: Region) -> bool:
-    """Whether the 2-norm ball around the region is much smaller than that around its box."""
-    return bool((region.euclidean < 0.9 * torch.linalg.vector_norm(region.radius, dim=-1)).any())
-
-
 Result = tuple[Tensor, list[Span]]
 
 
-def _sensitivity(
-    graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region, query: Query,
-    options: Options,
-) -> Result:  # fmt: skip
-    if options.sizes is not None:
-        return block_lower(query, graph, loops, points, region, options.sizes)
-    spans = sensitivity_spans(graph, loops, points, region)
-    return query.over(region, spans), spans
-
-
-def _interval(
-    graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region, query: Query,
-    options: Options,
-) -> Result:  # fmt: skip
-    spans = interval_spans(graph, loops, points, region, options.solver, strict=True)
-    return query.over(region, spans), spans
-
-
-def _lipschitz(
-    graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region, query: Query,
-    options: Options,
-) -> Result:  # fmt: skip
-    return lipschitz_lower(query, graph, loops, points, region)
+def _bounds(
+    context: Context, query: Query, options: Options, upper: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """(lower, upper, lower of the states, upper of the states, residual)."""
+    graph, m = context.graph, context.region.samples
+    both = query.both() if upper else query
+    low, spans = _METHODS[options.method](context, both, options)
+    k = query.constant.shape[-1]
+    low = low.expand(m, low.shape[-1])
+    high = -low[:, k:] if upper else torch.full_like(low, math.inf)
+    below = graph.joined([s.below.expand(m, -1) for s in spans])
+    above = graph.joined([s.above.expand(m, -1) for s in spans])
+    shape = (m, graph.states)
+    return low[:, :k], high, below.expand(shape), above.expand(shape), context.residual
 
 
 def context_of(
-    graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region, options: Options
+    graph: Graph, loops: "tuple[Loop | None, ...]", region: Region, options: Options
 ) -> Context:
-    """What backward passes share; offsets over 2-norm balls where the region is no box."""
-    return Context(graph, loops, points, region, options.solver, ball=_round(region))
+    """A model over a region; with 2-norms where they can be of use: in a method that reads them, for
+    a loop that has no other bound, or where the region is no box."""
+    if options.method in ("best", "lipschitz"):
+        norms = True
+    elif options.method in ("interval", "sensitivity"):
+        norms = False
+    else:
+        wild = any(loop is not None and loop.weights is None for loop in loops)
+        norms = wild or region.round
+    return Context(graph, loops, region, options.solver, norms)
 
 
-def refined_spans(context: Context, refinements: int, steps: int = 0) -> list[Span]:
-    """The nodes' ranges by intervals, then bounded by lines `refinements` times, in order."""
-    graph, region = context.graph, context.region
-    spans: list[Span] = []
-    for k, (node, loop, point) in enumerate(
-        zip(graph.nodes, context.loops, context.points, strict=True)
-    ):
-        low, high = ranges(node, region, spans)
-        if loop is None:
-            # With the 2-norm, every pre-activation is within `load` of the reference.
-            load = point.load[:, None] * (1 + 1e-12) + 1e-15 * point.z.abs()
-            low, high = torch.maximum(low, point.z - load), torch.minimum(high, point.z + load)
-            spans.append(Span(low, torch.maximum(low, high), *image(node, low, high)))
-            first = k > 0 or any(j >= 0 for j, _ in node.row.terms)
-        else:
-            spans.append(_loop(loop, point, low, high, context))
-            first = True
-        for _ in range(refinements if first else 0):
-            spans[k] = refine(context, spans, k, steps)
-            if loop is None:
-                break  # a node that does not read itself is as tight as it gets
-    return spans
+def _sensitivity(context: Context, query: Query, options: Options) -> Result:
+    if options.sizes is not None:
+        return block_lower(query, context, options.sizes)
+    spans = sensitivity_spans(context)
+    return query.over(context.region, spans), spans
 
 
-def _loop(loop: Loop, point: Point, low: Tensor, high: Tensor, context: Context) -> Span:
-    from ._interval import loop_span
-
-    if outer_box(loop, point, low, high) is None:
-        from ._interval import refusal
-
-        raise ValueError("method: " + refusal(loop, "no bound"))
-    return loop_span(loop, point, low, high, context.solver)
+def _interval(context: Context, query: Query, options: Options) -> Result:
+    spans = interval_spans(context, strict=True)
+    return query.over(context.region, spans), spans
 
 
-def _crown(
-    graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region, query: Query,
-    options: Options,
-) -> Result:  # fmt: skip
-    context = context_of(graph, loops, points, region, options)
+def _lipschitz(context: Context, query: Query, options: Options) -> Result:
+    return lipschitz_lower(query, context)
+
+
+def _crown(context: Context, query: Query, options: Options) -> Result:
     spans = refined_spans(context, options.refinements)
     return crown_lower(context, spans, query, options.steps), spans
 
 
-def crown_lower(context: Context, spans: list[Span], query: Query, steps: int) -> Tensor:
-    """The bound of the rows asked for, by CROWN's slopes, or the best found in `steps`."""
-    size = query.constant.shape[-1]
-    widest = max([n.row.rows for n in context.graph.nodes] + [context.graph.inputs])
-    from ._crown import ROWS
-
-    chunk = max(1, ROWS // max(1, context.region.samples * widest))
-    found = []
-    for index in torch.arange(size).split(chunk):
-        at = index.tolist()
-        start = {j: g[:, at] for j, g in query.start.items()}
-        constant = query.constant[..., at]
-        if steps:
-            found.append(optimise(context, spans, start, constant, steps))
-        else:
-            found.append(backward(context, spans, start, constant).value)
-    low = torch.cat(found, -1)
-    return low - query.slack(context.region, [s.reach for s in spans])
-
-
-def _lp(
-    graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region, query: Query,
-    options: Options,
-) -> Result:  # fmt: skip
-    context = context_of(graph, loops, points, region, options)
+def _lp(context: Context, query: Query, options: Options) -> Result:
     spans = refined_spans(context, options.refinements)
     low = lp_lower(context, spans, query)[0]
-    return low - query.slack(region, [s.reach for s in spans]), spans
+    return low - query.slack(context.region, [s.reach for s in spans]), spans
 
 
-def _sdp(
-    graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region, query: Query,
-    options: Options,
-) -> Result:  # fmt: skip
-    context = context_of(graph, loops, points, region, options)
+def _sdp(context: Context, query: Query, options: Options) -> Result:
     spans = refined_spans(context, options.refinements)
     low = torch.maximum(sdp_lower(context, spans, query), crown_lower(context, spans, query, 0))
     return low, spans
 
 
-def _best(
-    graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region, query: Query,
-    options: Options,
-) -> Result:  # fmt: skip
+def _best(context: Context, query: Query, options: Options) -> Result:
     start = time.perf_counter()
     best: Tensor | None = None
     spans: list[Span] = []
@@ -383,11 +286,11 @@ def _best(
         spans = own if not spans else [_meet(a, b) for a, b in zip(spans, own, strict=True)]
 
     def again(refinements: int, steps: int) -> Callable[[], Result]:
-        chosen = Options(**{**vars(options), "refinements": refinements, "steps": steps})
-        return lambda: _crown(graph, loops, points, region, query, chosen)
+        chosen = replace(options, refinements=refinements, steps=steps)
+        return lambda: _crown(context, query, chosen)
 
-    take(lambda: _lipschitz(graph, loops, points, region, query, options))
-    take(lambda: _interval(graph, loops, points, region, query, options))
+    take(lambda: _lipschitz(context, query, options))
+    take(lambda: _interval(context, query, options))
     for refinements, steps in sorted(
         {(0, 0), (options.refinements, 0), (options.refinements, options.steps)}
     ):

@@ -24,15 +24,14 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation
-from ..maps import AffineMap, Scaled
-from ..solvers import FixedPointSolver, Picard, get_solver
-from ._graph import EPS, Affine, Graph, Linear
-from ._interval import Point, Span
+from ..maps import AffineMap
+from ..solvers import Picard, get_solver
+from ._interval import Span
 from ._loops import Loop
+from ._nodes import EPS, Affine
+from ._points import Context
 from ._region import INPUT, Region
-from ._relax import Lines, image, lines
-
-ROWS = 1 << 19  # numbers of one message, (samples, rows, states), that are held at a time
+from ._relax import Lines, lines
 
 
 @dataclass(frozen=True)
@@ -61,26 +60,6 @@ class TwoSlopes(Activation, register=False):
 
     def rows(self, index: Tensor) -> "TwoSlopes":
         return replace(self, al=self.al[index], be=self.be[index])
-
-
-@dataclass(frozen=True, eq=False)
-class Context:
-    """What all backward passes share."""
-
-    graph: Graph
-    loops: "list[Loop | None]"
-    points: list[Point]
-    region: Region
-    solver: "FixedPointSolver | str"
-    tolerance: float = 1e-8
-    ball: bool = False  # whether 2-norm offsets are tried
-
-    def rows(self, index: Any) -> "Context":
-        """The same for some of the samples."""
-        points = [
-            Point(*(getattr(p, f)[index] for f in Point.__dataclass_fields__)) for p in self.points
-        ]
-        return replace(self, points=points, region=self.region.rows(index))
 
 
 @dataclass(eq=False)
@@ -189,8 +168,7 @@ def backward(
     if INPUT in messages:
         h = messages[INPUT]
         out.coefficient = h
-        total = total + (h @ region.center[..., None])[..., 0] - region.support(-h)
-        size = size + (graph.inputs + 8) * 4 * EPS * (h.abs() @ region.reach[..., None])[..., 0]
+        total = total + region.lower(h)
     out.value = total - size
     return out
 
@@ -280,7 +258,7 @@ def _ball_offset(
     ReLU (Chiu and Zhang 2025, theorem 4.1, with c = lam and g = w).
     """
     node, point, loop = context.graph.nodes[k], context.points[k], context.loops[k]
-    if node.natural is not None or not all(_is_relu(phi) for phi, _ in node.parts):
+    if node.natural is not None or not all(is_relu(phi) for phi, _ in node.parts):
         return None
     s, rho = point.z, point.load
     if loop is not None:
@@ -305,183 +283,6 @@ def _ball_offset(
     return best
 
 
-def _is_relu(phi: Activation) -> bool:
+def is_relu(phi: Activation) -> bool:
     """Whether phi is max(z, 0), by the facts that it declares."""
     return phi.homogeneous and phi.entrywise and phi.slope == (0.0, 1.0) and phi.range[0] == 0.0
-
-
-# ---- refinement ------------------------------------------------------------------------------------
-
-
-def rows_of(
-    row: Affine, A: Tensor | None, index: Tensor, k: int
-) -> tuple[dict[int, Tensor], Tensor]:
-    """s_i for the entries i of index, other ones for each sample, as functions of nodes and input.
-
-    Args:
-        index: # (m, c)
-
-    Returns:
-        coefficients, (m, c, size) each, and constants.  # (m, c)
-    """
-    unit = row.bias.new_zeros(*index.shape, row.rows).scatter_(-1, index[..., None], 1.0)
-    messages: dict[int, Tensor] = {}
-    for j, M in row.terms:
-        g = M.matrix[index] if M.matrix is not None else M.transpose(unit)
-        messages[j] = messages[j] + g if j in messages else g
-    if A is not None:
-        messages[k] = A[index]
-    return messages, row.bias[index]
-
-
-def refine(context: Context, spans: list[Span], k: int, steps: int = 0) -> Span:
-    """The span of node k, its pre-activations bounded again by lines.
-
-    Only entries whose sign is open are bounded, where phi is piecewise linear in one kink at 0
-    (homogeneous); all of them otherwise.
-    """
-    node, loop, span = context.graph.nodes[k], context.loops[k], spans[k]
-    if node.entrywise and all(phi.homogeneous for phi, _ in node.parts):
-        open_ = (span.low < 0) & (span.high > 0)
-    else:
-        open_ = span.high > span.low
-    count = int(open_.sum(1).max()) if open_.numel() else 0
-    if not count:
-        return span
-    # The open entries of each sample first; what fills up the rows is bounded, too.
-    order = torch.argsort(open_.to(torch.int8), dim=1, descending=True, stable=True)[:, :count]
-    low, high = span.low.clone(), span.high.clone()
-    m = context.region.samples
-    widest = max(n.row.rows for n in context.graph.nodes) + context.graph.inputs
-    chunk = max(1, ROWS // max(1, 2 * m * widest))
-    relaxed: dict[int, Lines] = {}
-    rough = replace(context, tolerance=max(context.tolerance, 1e-5))
-    for part in order.split(chunk, 1):
-        start, constant = rows_of(node.row, None if loop is None else loop.A, part, k)
-        both = {j: torch.cat([g, -g], 1) for j, g in start.items()}
-        sides = torch.cat([constant, -constant], 1)
-        if steps:
-            found = optimise(context, spans, both, sides, steps, relaxed=relaxed)
-        else:
-            found = backward(rough, spans, both, sides, relaxed=relaxed).value
-        a, b = found[:, : part.shape[1]], -found[:, part.shape[1] :]
-        low.scatter_(1, part, torch.maximum(low.gather(1, part), a))
-        high.scatter_(1, part, torch.minimum(high.gather(1, part), b))
-    high = torch.maximum(low, high)
-    below, above = image(node, low, high)
-    below = torch.maximum(below, span.below)
-    return Span(low, high, below, torch.maximum(below, torch.minimum(above, span.above)))
-
-
-# ---- the best slopes -------------------------------------------------------------------------------
-
-
-def optimise(
-    context: Context,
-    spans: list[Span],
-    start: dict[int, Tensor],
-    constant: Tensor,
-    steps: int,
-    *,
-    relaxed: "dict[int, Lines] | None" = None,
-) -> Tensor:
-    """The largest bound over lower slopes, by gradient ascent; each value seen is a bound.
-
-    At its optimum the bound is the LP's (Salman et al. 2019). The derivative with respect to al_i
-    is lam_i+ s^_i, s^ the point at which the lines in use are tight: one forward pass, x^ = D (A x^
-    + z^) + d, so no graph is recorded (envelope theorem: u^ is the worst input).
-    """
-    relaxed = {} if relaxed is None else relaxed
-    found = backward(context, spans, start, constant, relaxed=relaxed)
-    best = found.value
-    nodes = context.graph.nodes
-    free = {k: relaxed[k].free for k in found.lam if bool(relaxed[k].free.any())}
-    if not free:
-        return best
-    slopes = {k: relaxed[k].lower_slope[:, None].expand(found.lam[k].shape).clone() for k in free}
-    mean = {k: torch.zeros_like(a) for k, a in slopes.items()}
-    square = {k: torch.zeros_like(a) for k, a in slopes.items()}
-    warm: dict[int, Tensor] = dict(found.w)
-    points: dict[int, Tensor] = {}
-    rough = (
-        4 if all(loop is None or loop.contraction is not None for loop in context.loops) else None
-    )
-    for step in range(steps):
-        gradient = _gradient(context, found, slopes, relaxed, points)
-        rate = 0.4 * (1 - step / steps) ** 1.5 * 0.1 ** (step / steps) + 1e-4
-        for k, g in gradient.items():
-            mean[k].mul_(0.7).add_(g, alpha=0.3)
-            square[k].mul_(0.99).addcmul_(g, g, value=0.01)
-            seen = 1 - 0.99 ** (step + 1)
-            move = mean[k] / (1 - 0.7 ** (step + 1)) / ((square[k] / seen).sqrt() + 1e-12)
-            least, most = relaxed[k].least[:, None], relaxed[k].most[:, None]
-            slopes[k] = (slopes[k] + rate * move).clamp(least, most)
-        last = step == steps - 1
-        found = backward(
-            context, spans, start, constant, slopes=slopes, warm=warm,
-            steps=None if last else rough, relaxed=relaxed,
-        )  # fmt: skip
-        warm = {k: found.w[k] for k in found.w if nodes[k].A is not None}
-        best = torch.maximum(best, found.value)
-    return best
-
-
-def _gradient(
-    context: Context, found: Pass, slopes: Slopes, relaxed: dict[int, Lines],
-    points: dict[int, Tensor],
-) -> dict[int, Tensor]:  # fmt: skip
-    """d value / d al, node by node, from the point at which the bound is attained."""
-    graph, region = context.graph, context.region
-    h = found.coefficient
-    u = region.center[:, None] if h is None else region.worst(-h)
-    gradient: dict[int, Tensor] = {}
-    values: dict[int, Tensor] = {INPUT: u}
-
-    def apply(M: Linear, x: Tensor) -> Tensor:
-        return M.apply(x)
-
-    for k in sorted(found.lam):
-        node, loop, line = graph.nodes[k], context.loops[k], relaxed[k]
-        lam = found.lam[k]
-        if node.natural is not None:
-            values[k] = torch.where(lam > 0, line.lower_offset[:, None], line.upper_offset[:, None])
-            continue
-        z = node.row.bias
-        for j, M in node.row.terms:
-            if j in values:
-                z = z + apply(M, values[j])
-        al = line.lower_slope[:, None]
-        if k in slopes:
-            al = torch.where(line.free[:, None], slopes[k], al)
-        d = torch.where(lam > 0, al, line.upper_slope[:, None])
-        e = torch.where(lam > 0, line.lower_offset[:, None], line.upper_offset[:, None])
-        if loop is None:
-            s = z
-            values[k] = d * s + e
-        else:
-            x = _forward_loop(context, loop, z, d, e, points.get(k))
-            points[k] = x
-            s = z + x @ loop.A.mT
-            values[k] = d * s + e
-        if k in slopes:
-            gradient[k] = lam.clamp(min=0.0) * s * line.free[:, None]
-    return gradient
-
-
-def _forward_loop(
-    context: Context, loop: Loop, z: Tensor, d: Tensor, e: Tensor, before: Tensor | None
-) -> Tensor:
-    """x = d (A x + z) + e, roughly: a direction of ascent need not be exact."""
-    shape = torch.broadcast_shapes(z.shape, d.shape)
-    if loop.contraction is not None:
-        x = z.new_zeros(shape) if before is None else before
-        for _ in range(60 if before is None else 5):
-            x = torch.matmul(x, loop.A.mT).add_(z).mul_(d).add_(e)
-        return x
-    n = shape[-1]
-    # y = x - e solves y = d (A y + z + A e).
-    rows = (z + e @ loop.A.mT).expand(shape).reshape(-1, n)
-    phi = Scaled(phi=loop.equation().phi, d=d.expand(shape).reshape(-1, n))
-    f = AffineMap(loop.A, rows, phi, None, loop.monotone if loop.slope == 1 else None)
-    y = get_solver(context.solver).solve(f, None).value.nan_to_num(nan=0.0)
-    return y.reshape(shape) + e

@@ -1,12 +1,12 @@
-"""A model as a chain of nodes, x_k = phi_k(sum_j M_kj x_j + A_k x_k + b_k), the form bounds read.
+"""The nodes of a model: of a layer, of matrices, or of blocks; kept from call to call.
 
-A node is one block of states that does not read itself, or one strongly connected component with
-its matrix A_k. Converted networks, layers and models given by matrices all come in this form, so
-that one pass over the nodes is the forward pass of a network, and a loop costs one small fixed point.
-Vectors are flat here, one sample a row.
+What is kept of a model is used again only where every weight is, number by number, what it was: a
+version counter does not see what is written through `.data` or shared memory, and comparing costs
+far less than a bound.
 """
 
 import math
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
@@ -18,158 +18,12 @@ from ..activations import Activation
 from ..layers import ImplicitLayer, MonotoneLayer
 from ..model import ImplicitModel
 from ..model.structure import INPUT, Row, Structure, fitted
-from ..operators import DENSE_LIMIT, Live, Operator, read, rebuilt
+from ..operators import Weight, read, rebuilt, weights
+from ._loops import Loop
+from ._matrices import graph_of_matrices
+from ._nodes import Affine, Graph, Linear, Node, finite
 
-EPS = torch.finfo(torch.float64).eps
-
-
-@dataclass(frozen=True, eq=False)
-class Linear:
-    """M on flat vectors, with its transpose and |M|; what a term of a row is."""
-
-    op: Operator
-    size: Operator  # |M|
-    rows: int
-    columns: int
-    matrix: Tensor | None  # where the operator is one small enough
-
-    @classmethod
-    def of(cls, op: Operator, like: Tensor) -> "Linear":
-        """The operator on flat vectors."""
-        rows, columns = math.prod(op.out_shape), math.prod(op.in_shape)
-        matrix = op.matrix if len(op.in_shape) == len(op.out_shape) == 1 else None
-        if matrix is not None:
-            matrix = matrix.to(like)
-        return cls(op, op.abs(), rows, columns, matrix)
-
-    def apply(self, x: Tensor) -> Tensor:
-        """M x.  # (..., columns) -> (..., rows)"""
-        if self.matrix is not None:
-            return x @ self.matrix.mT
-        flat = x.reshape(-1, *self.op.in_shape)
-        return self.op.apply(flat).reshape(*x.shape[:-1], self.rows)
-
-    def sized(self, x: Tensor) -> Tensor:
-        """|M| x for x >= 0."""
-        if self.matrix is not None:
-            return x @ self.matrix.abs().mT
-        flat = x.reshape(-1, *self.op.in_shape)
-        return self.size.apply(flat).reshape(*x.shape[:-1], self.rows)
-
-    def transpose(self, g: Tensor) -> Tensor:
-        """M^T g.  # (..., rows) -> (..., columns)"""
-        if self.matrix is not None:
-            return g @ self.matrix
-        flat = g.reshape(-1, *self.op.out_shape)
-        return self.op.transpose(flat).reshape(*g.shape[:-1], self.columns)
-
-    def dense(self) -> Tensor | None:
-        """The matrix, or None where it would be large."""
-        if self.matrix is not None:
-            return self.matrix
-        if self.rows * self.columns > DENSE_LIMIT // 16:
-            return None
-        return self.op.dense()
-
-
-@dataclass(frozen=True, eq=False)
-class Affine:
-    """z = sum_j M_j x_j + bias."""
-
-    terms: tuple[tuple[int, Linear], ...]
-    bias: Tensor  # (rows,)
-
-    @property
-    def rows(self) -> int:
-        """The length of z."""
-        return self.bias.shape[0]
-
-    def apply(self, values: Callable[[int], Tensor]) -> Tensor:
-        """z at these values.  # (m, rows)"""
-        z = self.bias
-        for j, M in self.terms:
-            z = z + M.apply(values(j))
-        return z
-
-    @property
-    def fan(self) -> int:
-        """The number of terms that a sum may have, for rounding."""
-        return sum(M.columns for _, M in self.terms) + 2
-
-
-@dataclass(frozen=True, eq=False)
-class Node:
-    """x = phi(z + A x), one block of states.
-
-    Attributes:
-        name: for messages.
-        row: of z, from nodes before it and from the input.
-        A: the matrix of its loop, or None.
-        parts: (phi, n) for entrywise phi, along the flat block.
-        natural: the whole activation where it couples entries, and the shape it takes.
-        size: of x; that of z is `row.rows`.
-    """
-
-    name: str
-    row: Affine
-    A: Tensor | None
-    parts: tuple[tuple[Activation, int], ...]
-    natural: tuple[Activation, tuple[int, ...]] | None
-    size: int
-
-    @property
-    def entrywise(self) -> bool:
-        """Whether x_i depends on z_i alone."""
-        return self.natural is None
-
-    @property
-    def lipschitz(self) -> float:
-        """In the infinity norm."""
-        if self.natural is not None:
-            return self.natural[0].infinity_lipschitz
-        return max(phi.lipschitz for phi, _ in self.parts)
-
-    @property
-    def increasing(self) -> bool:
-        """Whether phi is entrywise and non-decreasing."""
-        return self.entrywise and all(phi.monotone for phi, _ in self.parts)
-
-    @property
-    def fan(self) -> int:
-        """The number of terms of a sum."""
-        return self.row.fan + (0 if self.A is None else self.size)
-
-    def phi(self, z: Tensor) -> Tensor:
-        """x.  # (m, rows) -> (m, size)"""
-        if self.natural is not None:
-            phi, shape = self.natural
-            return phi.natural(z.reshape(-1, *shape)).reshape(*z.shape[:-1], self.size)
-        if len(self.parts) == 1:
-            return self.parts[0][0](z)
-        pieces = z.split([n for _, n in self.parts], -1)
-        return torch.cat([phi(p) for (phi, _), p in zip(self.parts, pieces, strict=True)], -1)
-
-
-@dataclass(frozen=True, eq=False)
-class Graph:
-    """The nodes of a model in evaluation order, and its output."""
-
-    nodes: tuple[Node, ...]
-    output: Affine
-    inputs: int
-    outputs: int
-    example: Tensor
-    order: tuple[int, ...]  # where the states of the nodes, joined, stand in those of the model
-    states: int
-
-    def joined(self, parts: list[Tensor]) -> Tensor:
-        """One tensor in the model's order of states.  # (m, n)"""
-        if not parts:
-            return self.example.new_zeros(1, self.states)
-        flat = torch.cat(parts, -1)
-        out = flat.new_zeros(*flat.shape[:-1], self.states)
-        index = torch.tensor(self.order, device=flat.device)
-        return out.index_copy(-1, index, flat)
+KEPT = 1 << 23  # numbers in the weights of a model whose nodes are kept
 
 
 def as_model(model: Any) -> ImplicitModel:
@@ -195,18 +49,19 @@ def graph_of(model: Any, *, dtype: torch.dtype = torch.float64, detach: bool = T
         TypeError: no model.
         ValueError: NaN or infinite weights.
     """
-    whole = as_model(model)
-    if whole.structure is None:
-        from ._matrices import graph_of_matrices
 
-        return graph_of_matrices(whole, dtype, detach)
-    f = whole.structure
-
-    def cast(w: "Tensor | Live") -> Tensor:
+    def cast(w: Weight) -> Tensor:
         t = read(w)
         t = t.detach() if detach else t
         return t.to(dtype) if t.is_floating_point() else t
 
+    return _graph(as_model(model), dtype, cast)
+
+
+def _graph(whole: ImplicitModel, dtype: torch.dtype, cast: Callable[[Weight], Tensor]) -> Graph:
+    if whole.structure is None:
+        return graph_of_matrices(whole, {name: cast(getattr(whole, name)) for name in "ABCDbd"})
+    f = whole.structure
     f = rebuilt(f, cast)
     like = torch.empty(0, dtype=dtype, device=whole.device)
     start, at = [], 0
@@ -229,6 +84,77 @@ def graph_of(model: Any, *, dtype: torch.dtype = torch.float64, detach: bool = T
     output = _affine([f.output.flat()], None, like, _located(f, number))
     finite(output, None)
     return Graph(tuple(nodes), output, f.inputs, f.outputs, like, tuple(order), whole.states)
+
+
+# ---- kept from call to call ------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Known:
+    """A model's nodes in float64 with what is known of its loops, both for reading alone.
+
+    Attributes:
+        sources: what weights are read from.
+        weights: the numbers that the nodes were made of.
+        parts: the activations.
+    """
+
+    graph: Graph
+    loops: "tuple[Loop | None, ...]"
+    sources: list[Weight]
+    weights: tuple[Tensor, ...]
+    parts: tuple[tuple[Any, int], ...]
+
+    def fits(self, weights: list[Tensor], parts: tuple[tuple[Any, int], ...]) -> bool:
+        """Whether these are the same, number by number."""
+        return (
+            len(weights) == len(self.weights)
+            and len(parts) == len(self.parts)
+            and all(a is b and n == k for (a, n), (b, k) in zip(parts, self.parts, strict=True))
+            and all(
+                a.dtype == b.dtype and a.device == b.device and torch.equal(a, b)
+                for a, b in zip(weights, self.weights, strict=True)
+            )
+        )
+
+
+_KNOWN: "weakref.WeakKeyDictionary[Any, Known]" = weakref.WeakKeyDictionary()
+
+
+def known(model: Any) -> "tuple[Graph, tuple[Loop | None, ...]]":
+    """The nodes in float64 and their loops; those of the last call where no weight has changed.
+
+    Raises:
+        TypeError, ValueError: as `graph_of`.
+    """
+    whole = as_model(model)
+    key = model if whole.structure is None else whole.structure
+    kept = _KNOWN.get(key)
+    made_of: list[Weight]
+    if whole.structure is None:  # the tensors of a layer are computed anew
+        made_of = [*(getattr(whole, name) for name in "ABCDbd"), *weights(whole.phi)]
+    else:
+        made_of = weights(whole.structure) if kept is None else kept.sources
+    now = [read(w).detach() for w in made_of]
+    if kept is not None and kept.fits(now, whole.phi.parts):
+        return kept.graph, kept.loops
+    _KNOWN.pop(key, None)
+    own = tuple(t.clone() for t in now)
+    at = {id(w): t for w, t in zip(made_of, own, strict=True)}
+
+    def cast(w: Weight) -> Tensor:
+        t = at[id(w)]
+        return t.double() if t.is_floating_point() else t
+
+    graph = _graph(whole, torch.float64, cast)
+    loops = tuple(None if node.A is None else Loop(node) for node in graph.nodes)
+    if sum(t.numel() for t in own) <= KEPT:
+        sources = [] if whole.structure is None else made_of
+        _KNOWN[key] = Known(graph, loops, sources, own, whole.phi.parts)
+    return graph, loops
+
+
+# ---- blocks ----------------------------------------------------------------------------------------
 
 
 def _located(f: Structure, number: dict[int, int]) -> Callable[[int], tuple[int, int, int]]:
@@ -273,17 +199,10 @@ def _affine(
                     M = replace(M, matrix=op.dense().to(like))
                 full = like.new_zeros(len(whole), length)
                 full[at : at + len(t), start : start + M.columns] = M.matrix
-                M = _from_matrix(full)
+                M = Linear.of_matrix(full)
             terms.append((node, M))
         at += len(t)
     return Affine(tuple(terms), whole)
-
-
-def _from_matrix(matrix: Tensor) -> Linear:
-    from ..operators import Dense
-
-    op = Dense(matrix)
-    return Linear(op, op.abs(), matrix.shape[0], matrix.shape[1], matrix)
 
 
 def _node(
@@ -329,13 +248,3 @@ def _placed(M: Tensor, row: int, column: int, size: int) -> Tensor:
         return M
     pad = (column, size - column - M.shape[1], row, size - row - M.shape[0])
     return torch.nn.functional.pad(M, pad)
-
-
-def finite(affine: Affine, node: Node | None) -> None:
-    """Refuse NaN and infinite weights, naming the block."""
-    tensors = [affine.bias, *(M.matrix for _, M in affine.terms if M.matrix is not None)]
-    if node is not None and node.A is not None:
-        tensors.append(node.A)
-    if not all(bool(torch.isfinite(t).all()) for t in tensors):
-        name = "the output" if node is None else f"block {node.name}"
-        raise ValueError(f"model: {name} has NaN or infinite weights, expected finite ones.")

@@ -7,6 +7,7 @@ itself, so the box found that way is inflated by its residual t v with L |A| v <
 t >= residual / (1 - c), and the inclusion is checked.
 """
 
+import functools
 import math
 from dataclasses import dataclass
 
@@ -16,28 +17,11 @@ from torch import Tensor
 from ..activations import Activation
 from ..implicit import Equation
 from ..solvers import FixedPointSolver, get_solver
-from ._graph import EPS, Graph, Linear, Node
 from ._loops import Loop
+from ._nodes import EPS, Node
+from ._points import Context, Point
 from ._region import INPUT, Region, affine_slack
 from ._relax import image
-
-
-@dataclass(frozen=True, eq=False)
-class Point:
-    """A node at the centre of the region, as a solver found it: no more than a reference point.
-
-    Attributes:
-        z, x: what goes into the loop or phi, and the state.  # (m, rows), (m, size)
-        residual: |phi(A x + z) - x|, 0 without a loop.  # (m, size)
-        euclidean: a bound of ||x' - x||_2 over the region, infinite where none is known.  # (m,)
-        load: a bound of ||z' - z||_2.  # (m,)
-    """
-
-    z: Tensor
-    x: Tensor
-    residual: Tensor
-    euclidean: Tensor
-    load: Tensor
 
 
 @dataclass(frozen=True, eq=False)
@@ -54,88 +38,37 @@ class Span:
     below: Tensor
     above: Tensor
 
-    @property
+    @functools.cached_property
     def reach(self) -> Tensor:
         """max |x|."""
         return torch.maximum(self.below.abs(), self.above.abs())
 
-
-def norm2(M: Linear) -> float:
-    """||M||_2, from above."""
-    matrix = M.dense()
-    if matrix is None or matrix.numel() > 1 << 22:
-        return math.sqrt(M.op.norm(1) * M.op.norm(math.inf)) * (1 + 8 * EPS)
-    if not matrix.numel():
-        return 0.0
-    value = float(torch.linalg.matrix_norm(matrix.double(), 2))
-    return value * (1 + 8 * max(matrix.shape) * EPS)
-
-
-def nominal(
-    graph: Graph,
-    loops: "list[Loop | None]",
-    region: Region,
-    solver: "str | FixedPointSolver",
-    norms: bool = True,
-) -> list[Point]:
-    """The nodes at the centre, and how far they move in the 2-norm over the region.
-
-    Args:
-        norms: whether the latter is wanted; it costs a spectral norm a matrix, and is infinite else.
-    """
-    points: list[Point] = []
-    far = region.euclidean
-
-    def value(j: int) -> Tensor:
-        return region.center if j == INPUT else points[j].x
-
-    for node, loop in zip(graph.nodes, loops, strict=True):
-        m = region.samples
-        z = node.row.apply(value).expand(m, node.row.rows)
-        # Rounding of z moves it, too: in the 2-norm by at most the norm of the slack.
-        slack = affine_slack(node.row, lambda j: value(j).abs(), node.fan)
-        load = torch.linalg.vector_norm(slack, dim=-1).expand(m)
-        for j, M in node.row.terms if norms else ():
-            load = load + norm2(M) * (far if j == INPUT else points[j].euclidean)
-        load = load * (1 + 64 * EPS) if norms else torch.full_like(load, math.inf)
-        if loop is None:
-            x = node.phi(z)
-            L = node.natural[0].lipschitz if node.natural else node.lipschitz
-            rounding = 16 * EPS * torch.linalg.vector_norm(x.abs() + 1, dim=-1)
-            points.append(Point(z, x, torch.zeros_like(x), L * load + rounding, load))
-            continue
-        x, residual = loop.solve(z, solver)
-        gain = loop.euclidean_gain() if norms else None
-        own = torch.linalg.vector_norm(residual, dim=-1) * (1 + 64 * EPS)
-        if gain is None:
-            reach = torch.full_like(load, math.inf)
-        else:
-            reach = own + gain * (loop.norm2 * own + load)
-        points.append(Point(z, x, residual, reach * (1 + 64 * EPS), load))
-    return points
+    @functools.cached_property
+    def largest(self) -> Tensor:
+        """The largest of these.  # (m, 1)"""
+        return self.reach.amax(-1, keepdim=True)
 
 
 def ranges(node: Node, region: Region, spans: list[Span]) -> tuple[Tensor, Tensor]:
     """The range of z = sum_j M_j x_j + bias, rounded outward.  # (m, rows) each"""
     middle = node.row.bias
-    up = down = torch.zeros(region.samples, node.row.rows, dtype=middle.dtype, device=middle.device)
-    for j, M in node.row.terms:
+    slack = affine_slack(
+        node.row, lambda j: region.largest if j == INPUT else spans[j].largest, node.fan
+    )
+    up = down = slack
+    for k, (j, M) in enumerate(node.row.terms):
         if j == INPUT:
-            middle = middle + M.apply(region.center)
             low, high = region.spread(M)
-            down, up = down - low, up + high
+            center = region.center
         else:
             x = spans[j]
-            center, half = (x.below + x.above) / 2, (x.above - x.below) / 2
-            middle = middle + M.apply(center)
-            wide = M.sized(half)
-            down, up = down + wide, up + wide
-
-    def reach(j: int) -> Tensor:
-        return region.reach if j == INPUT else spans[j].reach
-
-    slack = affine_slack(node.row, reach, node.fan)
-    return middle - down - slack, middle + up + slack
+            center = (x.below + x.above) / 2
+            high = M.sized((x.above - x.below) / 2)
+            low = -high
+        middle = M.apply(center, middle) if k == 0 else middle + M.apply(center)
+        down, up = down - low, up + high
+    shape = (region.samples, node.row.rows)
+    return (middle - down).expand(shape), (middle + up).expand(shape)
 
 
 def through(
@@ -258,35 +191,28 @@ def refusal(loop: Loop, what: str) -> str:
     """Why a loop has no bound, with numbers."""
     row = float(loop.size.sum(1).max()) * loop.slope
     return (
-        f"{what} for the loop of {loop.node.name}: K = I/L - |A| is no M-matrix (||A||_inf L = "
+        f"method: {what} for the loop of {loop.node.name}: K = I/L - |A| is no M-matrix (||A||_inf L = "
         f"{row:.4g}) and I - L A is not strongly monotone; keep A in a set of implicitdl.wellposed, "
         "such as InfNormBall or Monotone."
     )
 
 
-def interval_spans(
-    graph: Graph,
-    loops: "list[Loop | None]",
-    points: list[Point],
-    region: Region,
-    solver: "str | FixedPointSolver",
-    strict: bool,
-) -> list[Span]:
+def interval_spans(context: Context, strict: bool) -> list[Span]:
     """Bounds of all nodes by intervals.
 
     Args:
         strict: refuse a loop whose box only the 2-norm gives, which is no interval argument.
-    """  # fmt: skip
+    """
     spans: list[Span] = []
-    for node, loop, point in zip(graph.nodes, loops, points, strict=True):
-        low, high = ranges(node, region, spans)
+    for k, (node, loop) in enumerate(zip(context.graph.nodes, context.loops, strict=True)):
+        low, high = ranges(node, context.region, spans)
         if loop is None:
             spans.append(Span(low, high, *image(node, low, high)))
             continue
         if strict and loop.weights is None:
             raise ValueError(
-                "method: " + refusal(loop, "'interval' has no bound")
+                refusal(loop, "'interval' has no bound")
                 + " For a monotone model take 'crown' or 'lipschitz'."
             )  # fmt: skip
-        spans.append(loop_span(loop, point, low, high, solver))
+        spans.append(loop_span(loop, context.points[k], low, high, context.solver))
     return spans

@@ -24,7 +24,7 @@ from torch import Tensor
 from ..activations import Blocks
 from ..implicit import Equation
 from ..solvers import FixedPointSolver, get_solver
-from ._graph import EPS, Node
+from ._nodes import EPS, Node
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,21 +8,21 @@ from .._linalg import strong_components
 from ..activations import Activation
 from ..model import ImplicitModel
 from ..model.structure import INPUT
-from ..operators import Dense
-from ._graph import Affine, Graph, Linear, Node, finite
+from ._nodes import Affine, Graph, Linear, Node, finite
 
 
-def graph_of_matrices(model: ImplicitModel, dtype: torch.dtype, detach: bool) -> Graph:
+def graph_of_matrices(model: ImplicitModel, tensors: dict[str, Tensor]) -> Graph:
     """A loop a node; states without one that stand at the same depth share a node.
+
+    Args:
+        model: for its activations, sizes, and the zeros of A.
+        tensors: its matrices as they are to be used, by name.
 
     Raises:
         ValueError: an activation couples states that other states of its loop feed back to.
     """
-    A, B, C, D, b, d = (
-        (t.detach() if detach else t).to(dtype)
-        for t in (model.A, model.B, model.C, model.D, model.b, model.d)
-    )
-    groups = _groups(model)
+    A, B, C, D, b, d = (tensors[name] for name in "ABCDbd")
+    groups = _groups(model, A)
     where: dict[int, tuple[int, int]] = {}
     for k, (states, _) in enumerate(groups):
         for position, i in enumerate(states):
@@ -31,11 +31,11 @@ def graph_of_matrices(model: ImplicitModel, dtype: torch.dtype, detach: bool) ->
     nodes = []
     for k, (states, looped) in enumerate(groups):
         rows = indices[k]
-        terms = [(INPUT, _linear(B[rows]))] if bool((B[rows] != 0).any()) else []
+        terms = [(INPUT, Linear.of_matrix(B[rows]))] if bool((B[rows] != 0).any()) else []
         for j in range(k):
             M = A[rows][:, indices[j]]
             if bool((M != 0).any()):
-                terms.append((j, _linear(M)))
+                terms.append((j, Linear.of_matrix(M)))
         row = Affine(tuple(terms), b[rows])
         parts, natural = _activation(model, states, looped)
         own = A[rows][:, rows] if looped else None
@@ -43,10 +43,10 @@ def graph_of_matrices(model: ImplicitModel, dtype: torch.dtype, detach: bool) ->
         node = Node(name, row, own, parts, natural, len(states))
         finite(row, node)
         nodes.append(node)
-    terms = [(j, _linear(C[:, rows])) for j, rows in enumerate(indices)]
+    terms = [(j, Linear.of_matrix(C[:, rows])) for j, rows in enumerate(indices)]
     terms = [(j, M) for j, M in terms if bool((M.matrix != 0).any())]
     if bool((D != 0).any()):
-        terms.append((INPUT, _linear(D)))
+        terms.append((INPUT, Linear.of_matrix(D)))
     output = Affine(tuple(terms), d)
     finite(output, None)
     order = tuple(i for states, _ in groups for i in states)
@@ -55,15 +55,10 @@ def graph_of_matrices(model: ImplicitModel, dtype: torch.dtype, detach: bool) ->
     )
 
 
-def _linear(M: Tensor) -> Linear:
-    op = Dense(M)
-    return Linear(op, op.abs(), M.shape[0], M.shape[1], M)
-
-
-def _groups(model: ImplicitModel) -> list[tuple[list[int], bool]]:
+def _groups(model: ImplicitModel, A: Tensor) -> list[tuple[list[int], bool]]:
     """(states, whether they loop) in evaluation order."""
     n = model.states
-    mask = (model.A.detach() != 0).cpu().numpy()
+    mask = (A.detach() != 0).cpu().numpy()
     tie = np.zeros(n, dtype=np.int64)  # which activation block a state is coupled by; 0 for none
     start = 0
     for number, (phi, size) in enumerate(model.phi.parts, start=1):

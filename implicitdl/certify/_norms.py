@@ -19,10 +19,11 @@ import torch
 from torch import Tensor
 
 from ._crown import hand_on
-from ._graph import EPS, Affine, Graph, Node
-from ._interval import Point, Span
+from ._interval import Span
 from ._loops import Loop
-from ._region import INPUT, Region, affine_slack
+from ._nodes import EPS, Affine, Node
+from ._points import Context, Point
+from ._region import INPUT, Region, affine_slack, dot
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,9 +50,12 @@ class Query:
         hand_on(output, F, start)
         return cls(start, F @ output.bias, output.fan + q)
 
-    def negated(self) -> "Query":
-        """Minus these, whose lower bounds are minus their upper ones."""
-        return Query({j: -g for j, g in self.start.items()}, -self.constant, self.fan)
+    def both(self) -> "Query":
+        """These, and minus these, whose lower bounds are minus their upper ones."""
+        return Query(
+            {j: torch.cat([g, -g], 1) for j, g in self.start.items()},
+            torch.cat([self.constant, -self.constant], -1), self.fan,
+        )  # fmt: skip
 
     def rows(self, index: Any) -> "Query":
         """For some of the samples."""
@@ -65,8 +69,10 @@ class Query:
         """What rounding may add to the coefficients and to the sum.  # (m, K)"""
         size = self.constant.abs()
         for j, g in self.start.items():
-            values = region.reach if j == INPUT else reach[j]
-            size = size + (g.abs() @ values[..., None])[..., 0]
+            if j == INPUT:
+                size = size + g.abs().sum(-1) * region.largest
+            else:
+                size = size + dot(g.abs(), reach[j])
         return size * (self.fan + 16) * 2 * EPS
 
     def over(self, region: Region, spans: list[Span]) -> Tensor:
@@ -74,16 +80,12 @@ class Query:
         total = self.constant
         for j, g in self.start.items():
             if j == INPUT:
-                total = total + (g @ region.center[..., None])[..., 0] - self._support(region, -g)
+                total = total + region.lower(g)
                 continue
             x = spans[j]
             center, half = (x.below + x.above) / 2, (x.above - x.below) / 2
-            total = total + (g @ center[..., None])[..., 0] - (g.abs() @ half[..., None])[..., 0]
+            total = total + dot(g, center) - dot(g.abs(), half)
         return total - self.slack(region, [x.reach for x in spans])
-
-    @staticmethod
-    def _support(region: Region, v: Tensor) -> Tensor:
-        return region.support(v if v.shape[0] > 1 or not region.set.lead else v[0])
 
     def around(self, region: Region, points: list[Point], move: dict[int, Tensor]) -> Tensor:
         """A lower bound: the value at the reference point less what states may move it.
@@ -93,17 +95,14 @@ class Query:
         """
         total = self.constant
         for j, g in self.start.items():
-            if j == INPUT:
-                total = total + (g @ region.center[..., None])[..., 0] - self._support(region, -g)
-            else:
-                total = total + (g @ points[j].x[..., None])[..., 0] - move[j]
+            own = region.lower(g) if j == INPUT else dot(g, points[j].x) - move[j]
+            total = total + own
         return total - self.slack(region, [p.x.abs() for p in points])
 
 
-def sensitivity_spans(
-    graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region
-) -> list[Span]:
+def sensitivity_spans(context: Context) -> list[Span]:
     """x^ +- R with |x - x^| <= R = rho + K^-1 (|A| rho + |z - z^|)."""
+    graph, loops, points, region = context.graph, context.loops, context.points, context.region
     spans: list[Span] = []
     far: list[Tensor] = []
     for node, loop, point in zip(graph.nodes, loops, points, strict=True):
@@ -136,9 +135,13 @@ def sensitivity_spans(
 
 def _load(node: Node, points: list[Point], region: Region, far: Callable[[int], Any]) -> Tensor:
     """|z - z^|, entry by entry.  # (m, rows)"""
-    load = affine_slack(
-        node.row, lambda j: region.reach if j == INPUT else points[j].x.abs() + far(j), node.fan
-    )
+
+    def largest(j: int) -> Tensor:
+        if j == INPUT:
+            return region.largest
+        return (points[j].x.abs() + far(j)).amax(-1, keepdim=True)
+
+    load = affine_slack(node.row, largest, node.fan)
     for j, M in node.row.terms:
         if j == INPUT:
             low, high = region.spread(M)
@@ -178,10 +181,10 @@ def block_radii(loop: Loop, point: Point, load: Tensor, sizes: tuple[int, ...]) 
 
 
 def block_lower(
-    query: Query, graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region,
-    sizes: tuple[int, ...],
-) -> tuple[Tensor, list[Span]]:  # fmt: skip
+    query: Query, context: Context, sizes: tuple[int, ...]
+) -> tuple[Tensor, list[Span]]:
     """The block version for a model of one loop."""
+    graph, loops, points, region = context.graph, context.loops, context.points, context.region
     if len(graph.nodes) != 1 or loops[0] is None or not graph.nodes[0].entrywise:
         raise ValueError(
             f"sizes: the block version is for a model of one loop of entrywise states, got one of "
@@ -211,11 +214,10 @@ def block_lower(
     return query.around(region, points, move), spans
 
 
-def lipschitz_lower(
-    query: Query, graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region
-) -> tuple[Tensor, list[Span]]:
+def lipschitz_lower(query: Query, context: Context) -> tuple[Tensor, list[Span]]:
     """The better of the infinity norm with matrix measure, and of the 2-norm, for each row."""
-    top = _infinity_radii(graph, loops, points, region)
+    graph, loops, points, region = context.graph, context.loops, context.points, context.region
+    top = _infinity_radii(context)
     halves, bounds = [], []
     for j, point in enumerate(points):
         halves.append(torch.minimum(top[j], point.euclidean)[:, None].expand_as(point.x))
@@ -245,10 +247,9 @@ def lipschitz_lower(
     return torch.maximum(*bounds), spans
 
 
-def _infinity_radii(
-    graph: Graph, loops: "list[Loop | None]", points: list[Point], region: Region
-) -> list[Tensor]:
+def _infinity_radii(context: Context) -> list[Tensor]:
     """R >= ||x_k - x^_k||_inf, with 1/L - mu_inf(A) where that is more than 1/L - ||A||_inf."""
+    graph, loops, points, region = context.graph, context.loops, context.points, context.region
     radii: list[Tensor] = []
     for node, loop, point in zip(graph.nodes, loops, points, strict=True):
         load = _load(node, points, region, lambda j: radii[j][:, None].expand_as(points[j].x)).amax(

@@ -17,10 +17,11 @@ import torch
 from torch import Tensor
 
 from ..robust import Ball
-from ._crown import Context, backward, lines_of
-from ._graph import EPS
+from ._crown import backward, is_relu, lines_of
 from ._interval import Span
+from ._nodes import EPS
 from ._norms import Query
+from ._points import Context
 from ._region import INPUT
 from ._relax import Lines
 
@@ -144,8 +145,6 @@ def sdp_lower(context: Context, spans: list[Span], query: Query) -> Tensor:
     where M's quadratic part H is positive semidefinite but for delta, adding delta I costs at most
     delta sum max y_i^2, and a convex quadratic is above its tangent plane at any point.
     """
-    from ._crown import _is_relu
-
     graph, region = context.graph, context.region
     n, p = sum(node.size for node in graph.nodes), graph.inputs
     if n + p > SDP_SIZE:
@@ -154,7 +153,7 @@ def sdp_lower(context: Context, spans: list[Span], query: Query) -> Tensor:
             "'lp' or 'crown'."
         )
     if not all(
-        node.entrywise and all(_is_relu(phi) for phi, _ in node.parts) for node in graph.nodes
+        node.entrywise and all(is_relu(phi) for phi, _ in node.parts) for node in graph.nodes
     ):
         raise ValueError("method: 'sdp' is for ReLU models, got another activation; take 'crown'.")
     A, B, b, starts = _joined(context)

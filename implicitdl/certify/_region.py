@@ -1,5 +1,7 @@
 """The inputs that a bound covers, read through a support function, and what rounding may add."""
 
+import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
@@ -8,7 +10,7 @@ from torch import Tensor
 
 from ..model.structure import INPUT
 from ..robust import Ball, Box, Budget, Ellipsoid, Hull, UncertaintySet
-from ._graph import EPS, Affine, Graph, Linear
+from ._nodes import EPS, Affine, Graph, Linear
 
 _CLOSED = (Box, Ball, Budget, Ellipsoid, Hull)  # whose support is a formula, exact to rounding
 _LOOSE = 1e-6  # what the support of other sets, found by a solver, is widened by
@@ -20,14 +22,13 @@ class Region:
 
     Attributes:
         center: the middle of the box around the inputs.  # (m, p)
-        low, high: of that box, rounded outward.  # (m, p)
+        radius: at least |u_i - center_i|; one row where it is that of all samples.  # (m or 1, p)
         set, around, middle: Z - middle is what `support` is about.
         pad: relative allowance for a support that a solver found.
     """
 
     center: Tensor
-    low: Tensor
-    high: Tensor
+    radius: Tensor
     set: UncertaintySet
     middle: Tensor  # (lead or 1, p)
     pad: float
@@ -57,32 +58,34 @@ class Region:
             )
         with torch.no_grad():
             own = region.to(like)
-            low, high = _box(own)
+            low, high = (t.reshape(-1, p) for t in _box(own))
             if not bool(torch.isfinite(low).all() and torch.isfinite(high).all()):
                 raise ValueError(
                     "region: it is unbounded; intersect it with a Box: region & Box(...)."
                 )
-            u = _around(around, p, like, region)
-            shape = torch.broadcast_shapes((1, p), low.shape, u.shape)
+            u = None if around is None else _around(around, p, like, region)
             middle = (low + high) / 2
-            size = torch.maximum(low.abs(), high.abs()) + u.abs()
             pad = 0.0 if isinstance(region, _CLOSED) else _LOOSE
-            slack = (8 * EPS + pad) * size.expand(shape)
-            center = (u + middle).expand(shape)
-            return cls(
-                center, u + low - slack, u + high + slack, own,
-                middle.reshape(-1, p), pad, shape[0],
-            )  # fmt: skip
+            half = torch.maximum(high - middle, middle - low)
+            half = half + (8 * EPS + pad) * torch.maximum(low.abs(), high.abs())
+            center = middle
+            if u is not None:
+                center = u + middle
+                if bool((middle != 0).any()):  # the sum is rounded, for each sample otherwise
+                    half = half + 2 * EPS * (u.abs() + middle.abs())
+            return cls(center, half, own, middle, pad, center.shape[0])
 
-    @property
+    @functools.cached_property
     def reach(self) -> Tensor:
         """max |u_i| over the region.  # (m, p)"""
-        return torch.maximum(self.low.abs(), self.high.abs())
+        return (self.center.abs() + self.radius) * (1 + 2 * EPS)
 
-    @property
-    def radius(self) -> Tensor:
-        """max |u_i - center_i|.  # (m, p)"""
-        return torch.maximum(self.high - self.center, self.center - self.low)
+    @functools.cached_property
+    def largest(self) -> Tensor:
+        """max |u| over the region, at least.  # (m, 1)"""
+        low, high = torch.aminmax(self.center, dim=-1, keepdim=True)
+        top = torch.maximum(high, -low)
+        return (top + self.radius.amax(-1, keepdim=True)) * (1 + 2 * EPS)
 
     def rows(self, index: Any) -> "Region":
         """The region of some of the samples."""
@@ -93,10 +96,9 @@ class Region:
         def chosen_of(s: UncertaintySet) -> UncertaintySet:
             return s._mapped(take, chosen_of)
 
-        chosen = chosen_of(self.set)
         center = self.center[index]
         return Region(
-            center, self.low[index], self.high[index], chosen, take(self.middle), self.pad,
+            center, take(self.radius), chosen_of(self.set), take(self.middle), self.pad,
             center.shape[0],
         )  # fmt: skip
 
@@ -105,44 +107,65 @@ class Region:
         own = self.set.widened() if self.set.lead else self.set
         if v.dim() == 2 and self.set.lead:
             v = v[None]
-        value = own.support(v) - (
-            v * self.middle[:, None] if v.dim() == 3 else v * self.middle
-        ).sum(-1)
-        size = v.abs() @ self._size()
+        value = own.support(v)
+        if self._shifted:
+            value = value - (v * self.middle[:, None] if v.dim() == 3 else v * self.middle).sum(-1)
+        size = v.abs() @ self._size
         return value + ((self.set.dimension + 8) * EPS + self.pad) * size
 
+    @functools.cached_property
+    def _shifted(self) -> bool:
+        return bool((self.middle != 0).any())
+
+    @functools.cached_property
     def _size(self) -> Tensor:
         return self.radius.amax(0) + 2 * self.middle.abs().amax(0) + self.center.abs().amax(0)
+
+    def lower(self, h: Tensor) -> Tensor:
+        """min of h'u over the region, rounded down.  # (m or 1, K, p) -> (m, K)"""
+        one = h.shape[0] == 1 and not (self.set.lead and self.samples > 1)
+        least = self.support(-h[0] if one else -h)
+        sums = h.abs().sum(-1) * self.largest
+        slack = (self.set.dimension + 8) * 4 * EPS * sums
+        return dot(h, self.center) - least - slack
 
     def worst(self, v: Tensor) -> Tensor:
         """An input that attains the support.  # (m, K, p) -> (m, K, p)"""
         own = self.set.widened() if self.set.lead else self.set
         return self.center[:, None] - self.middle[:, None] + own.worst(v)
 
+    @functools.cached_property
+    def box(self) -> bool:
+        """Whether the set is a box."""
+        return isinstance(self.set, Box) or isinstance(self.set, Ball) and self.set.norm == "inf"
+
     def spread(self, M: Linear) -> tuple[Tensor, Tensor]:
-        """The range of M (u - center).  # (m, rows) each"""
+        """The range of M (u - center).  # (m or 1, rows) each"""
         wide = M.sized(self.radius)
-        if isinstance(self.set, Box) or (isinstance(self.set, Ball) and self.set.norm == "inf"):
-            return -wide, wide
-        matrix = M.dense()
+        matrix = None if self.box else M.dense()
         if matrix is None:
             return -wide, wide
         up, down = self.support(matrix), self.support(-matrix)
-        shape = (self.samples, matrix.shape[0])
-        return torch.maximum(-down.reshape(-1, shape[1]).expand(shape), -wide), torch.minimum(
-            up.reshape(-1, shape[1]).expand(shape), wide
+        rows = matrix.shape[0]
+        return torch.maximum(-down.reshape(-1, rows), -wide), torch.minimum(
+            up.reshape(-1, rows), wide
         )
 
-    @property
+    @functools.cached_property
     def euclidean(self) -> Tensor:
         """A bound of ||u - center||_2.  # (m,)"""
-        box = self.radius.square().sum(-1).sqrt()
+        box = torch.linalg.vector_norm(self.radius, dim=-1).expand(self.samples)
         if isinstance(self.set, Ball) and self.set.norm in (1, 2):
             box = torch.minimum(box, self.set.radius.reshape(-1).expand(box.shape))
         elif isinstance(self.set, Budget):  # ||z||^2 <= ||z||_inf ||z||_1
-            one = self.support(torch.sign(torch.ones_like(self.radius[:1])))
+            one = self.support(torch.ones_like(self.radius[:1]))
             box = torch.minimum(box, (self.radius.amax(-1) * one.reshape(-1)).sqrt())
         return box * (1 + (self.set.dimension + 8) * EPS)
+
+    @functools.cached_property
+    def round(self) -> bool:
+        """Whether the 2-norm ball around it is much smaller than that around its box."""
+        return bool((self.euclidean < 0.9 * torch.linalg.vector_norm(self.radius, dim=-1)).any())
 
 
 def _box(region: UncertaintySet) -> tuple[Tensor, Tensor]:
@@ -159,9 +182,7 @@ def _box(region: UncertaintySet) -> tuple[Tensor, Tensor]:
     return centre - half, centre + half
 
 
-def _around(around: Tensor | None, p: int, like: Tensor, region: UncertaintySet) -> Tensor:
-    if around is None:
-        return like.new_zeros(1, p)
+def _around(around: Tensor, p: int, like: Tensor, region: UncertaintySet) -> Tensor:
     if not isinstance(around, Tensor) or not around.is_floating_point():
         got = around.dtype if isinstance(around, Tensor) else type(around).__name__
         raise TypeError(f"around: got {got}, expected a floating tensor (batch, {p}).")
@@ -173,9 +194,8 @@ def _around(around: Tensor | None, p: int, like: Tensor, region: UncertaintySet)
     u = u[None] if u.dim() == 1 else u
     if u.dim() != 2 or u.shape[-1] != p:
         raise ValueError(f"around: got shape {tuple(around.shape)}, expected (batch, {p}).")
-    bad = torch.nonzero(~torch.isfinite(u))
-    if len(bad):
-        i, j = bad[0].tolist()
+    if not bool(torch.isfinite(u).all()):
+        i, j = torch.nonzero(~torch.isfinite(u))[0].tolist()
         raise ValueError(
             f"around: got {float(u[i, j])} at index ({i}, {j}), expected finite numbers."
         )
@@ -186,15 +206,27 @@ def _around(around: Tensor | None, p: int, like: Tensor, region: UncertaintySet)
     return u
 
 
-def affine_slack(row: Affine, sizes: Any, fan: int) -> Tensor:
-    """What rounding may add to a sum over a row, |bias| + sum |M| |x|, times the number of terms.
+def dot(g: Tensor, x: Tensor) -> Tensor:
+    """g'x, row by row.  # (m or 1, K, n), (m, n) -> (m, K)"""
+    if g.shape[0] == 1:
+        return x @ g[0].mT
+    return torch.linalg.vecdot(g, x[:, None]) if g.shape[1] == 1 else (g @ x[..., None])[..., 0]
 
-    A sum of k products is off by at most (k + 1) eps sum |terms| (Higham 2002, section 3.1).
+
+def affine_slack(row: Affine, largest: Callable[[int], Tensor], fan: int) -> Tensor:
+    """What rounding may add to a sum over a row: |bias| + sum_j |M_j| 1 max |x_j| times the number
+    of terms.
+
+    A sum of k products is off by at most (k + 1) eps sum |terms| (Higham 2002, section 3.1), and
+    the sum of sizes is at most the gain |M_j| 1 times the largest entry: no product of matrices.
+
+    Args:
+        largest: j -> max |x_j|.  # (m, 1)
     """
     size = row.bias.abs()
-    for j, M in row.terms:
-        size = size + M.sized(sizes(j))
+    for j, gain in row.gains:
+        size = size + largest(j) * gain
     return size * ((fan + 6) * EPS)
 
 
-__all__ = ["INPUT", "Region", "affine_slack"]
+__all__ = ["INPUT", "Region", "affine_slack", "dot"]

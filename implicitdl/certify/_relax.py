@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..activations import Activation
-from ._graph import EPS, Node
+from ._nodes import EPS, Node
 
 GRID = 33  # points of an interval at which a general activation is evaluated
 _ULP = 16 * EPS  # relative error of an evaluation of phi, generously

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._graph import graph_of
+from ._graph import known
 
 
 class State:
@@ -126,7 +126,7 @@ def _counted(batches: Sequence[Tensor]) -> Iterable[Tensor]:
 def fingerprint(model: Any, u: Tensor, labels: Tensor, *rest: Any) -> str:
     """Of the weights, the data and all options, so that no file is read for another run."""
     mark = hashlib.sha256(repr(rest).encode())
-    graph = graph_of(model)
+    graph, _ = known(model)
     tensors = [u, labels, graph.output.bias]
     for row, A in [(n.row, n.A) for n in graph.nodes] + [(graph.output, None)]:
         tensors += [row.bias] + ([] if A is None else [A])

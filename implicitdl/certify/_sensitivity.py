@@ -5,8 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._graph import graph_of
-from ._loops import Loop
+from ._graph import known
 from ._region import INPUT
 
 
@@ -39,7 +38,7 @@ def sensitivity(model: Any) -> Tensor:
         El Ghaoui, Gu, Travacca, Askari, Tsai (2021), theorem 3.1 and section 4.2.
     """
     with torch.no_grad():
-        graph = graph_of(model)
+        graph, loops = known(model)
         moves: list[Tensor] = []  # (p, size): how far each input moves each state
         eye = torch.eye(graph.inputs, dtype=graph.example.dtype, device=graph.example.device)
 
@@ -49,14 +48,13 @@ def sensitivity(model: Any) -> Tensor:
                 total = total + M.sized(eye if j == INPUT else moves[j])
             return total
 
-        for node in graph.nodes:
+        for node, loop in zip(graph.nodes, loops, strict=True):
             load = through(node.row)
             if not node.entrywise:  # the largest of a block's pre-activations moves all its states
                 load = load.amax(-1, keepdim=True)
-            if node.A is None:
+            if loop is None:
                 moves.append((node.lipschitz * load).expand(-1, node.size))
                 continue
-            loop = Loop(node)
             if loop.weights is None:
                 raise ValueError(
                     f"model: the loop of {node.name} has ||A||_inf L = "

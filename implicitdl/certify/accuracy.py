@@ -10,92 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..robust import Ball, Box, UncertaintySet
 from ..solution import unknown_name
-from ._bounds import MARGIN, METHODS, bounded, context_of, options_of, refined_spans
-from ._crown import backward
-from ._graph import graph_of
-from ._interval import nominal
-from ._loops import Loop
-from ._norms import Query
-from ._programs import lp_lower
-from ._region import Region
+from ._bounds import MARGIN, METHODS
+from ._graph import as_model
+from ._margins import ball, check_labels, margins, pair_rows
 from ._run import State, fingerprint, share_of_work, shown
-from .attacks import _checked, margin_of, pgd, relaxation_attack, sparse_attack
+from .attacks import checked, margin_of, pgd, relaxation_attack, sparse_attack
 
 ATTACKS = ("pgd", "relaxation", "sparse")
-
-
-def pair_rows(labels: Tensor, classes: int, like: Tensor) -> tuple[Tensor, Tensor]:
-    """The rows e_label - e_j of all j but the label, and these j.  # (m, q - 1, q), (m, q - 1)"""
-    j = torch.arange(classes - 1, device=labels.device)
-    others = j + (j >= labels[:, None])
-    eye = torch.eye(classes, dtype=like.dtype, device=like.device)
-    return eye[labels][:, None] - eye[others], others
-
-
-def margins(
-    model: Any,
-    region: UncertaintySet,
-    labels: Tensor,
-    method: str = "best",
-    *,
-    around: Tensor | None = None,
-    **options: Any,
-) -> Tensor:
-    """A lower bound of y_label - y_j over the region for each class j, proved.  # (m, q)
-
-    Each is a bound of the pair's own row c_label - c_j. The entry of the label is infinite. An answer
-    is certified where all are above 1e-9.
-
-    Args:
-        model, region, method, around, options: as in `bounds`.
-        labels: # (m,)
-    """
-    q = _outputs(model)
-    _labels(labels, q)
-    rows, others = pair_rows(labels, q, torch.empty(0, dtype=torch.float64, device=labels.device))
-    found = bounded(model, region, around, rows, options_of(method, **options), False).lower
-    out = found.new_full((len(labels), q), math.inf)
-    return out.scatter(1, others, found)
-
-
-def ball(
-    u: Tensor, radius: "float | Tensor", norm: "str | int", clip: tuple[float, float] | None = None
-) -> UncertaintySet:
-    """The ball around each row of u; with `clip` and the infinity norm, its part in that range.
-
-    In the 2-norm the range is left out, which makes the set larger and the certificate no less
-    sound.
-    """
-    u = u.detach().double()
-    r = torch.as_tensor(radius, dtype=u.dtype, device=u.device).expand(len(u))
-    if norm == "inf":
-        low, high = u - r[:, None], u + r[:, None]
-        if clip is not None:
-            low, high = low.clamp(min=clip[0]), high.clamp(max=clip[1])
-        return Box(low=low, high=torch.maximum(low, high))
-    return Ball(radius=r, norm=norm, centre=u)
-
-
-def worst_inputs(
-    model: Any, u: Tensor, labels: Tensor, radius: "float | Tensor", norm: "str | int", method: str
-) -> Tensor:
-    """Where the relaxation of y_label - y_j is smallest, for each other j.  # (m, q - 1, p)"""
-    with torch.no_grad():
-        graph = graph_of(model)
-        loops = [None if node.A is None else Loop(node) for node in graph.nodes]
-        region = Region.of(ball(u, radius, norm), None, graph)
-        options = options_of("crown")
-        context = context_of(graph, loops, nominal(graph, loops, region, "auto"), region, options)
-        spans = refined_spans(context, 1)
-        query = Query.of(graph.output, pair_rows(labels, graph.outputs, graph.example)[0])
-        if method == "lp":
-            return lp_lower(context, spans, query)[1]
-        found = backward(context, spans, query.start, query.constant)
-        if found.coefficient is None:
-            return region.center[:, None].expand(-1, query.constant.shape[-1], -1)
-        return region.worst(-found.coefficient)
 
 
 @dataclass(frozen=True, eq=False)
@@ -209,9 +131,9 @@ def certify_accuracy(
         raise ValueError(f"batch_size: got {batch_size!r}, expected an integer >= 1.")
     if not isinstance(radius, int | float) or not 0 <= radius < math.inf:
         raise ValueError(f"radius: got {radius!r}, expected a finite number >= 0.")
-    _checked(u, labels, radius, norm, clip)
-    q = _outputs(model)
-    _labels(labels, q)
+    checked(u, labels, radius, norm, clip)
+    q = as_model(model).outputs
+    check_labels(labels, q)
     rank, world = share_of_work()
     state = State(len(u), q, u.device)
     mark = fingerprint(model, u, labels, radius, norm, methods, attacks, clip, options, q)
@@ -331,10 +253,10 @@ def robust_radius(
         (certified, attacked): the largest radius proved, 0 where the answer at u is wrong, and the
         smallest at which an attack succeeded, infinite where none did up to `most`.  # (m,) each
     """
-    _checked(u, labels, most, norm, clip)
+    checked(u, labels, most, norm, clip)
     if not most > 0:
         raise ValueError(f"most: got {most!r}, expected a positive number.")
-    _labels(labels, _outputs(model))
+    check_labels(labels, as_model(model).outputs)
     m = len(u)
     kind: dict[str, Any] = {"dtype": torch.float64, "device": u.device}
     low, high = torch.zeros(m, **kind), torch.full((m,), float(most), **kind)
@@ -390,18 +312,8 @@ def _joined(data: Any) -> tuple[Tensor, Tensor]:
     return u.flatten(1) if isinstance(u, Tensor) and u.dim() > 2 else u, labels
 
 
-def _outputs(model: Any) -> int:
-    from ._graph import as_model
-
-    return as_model(model).outputs
-
-
-def _labels(labels: Tensor, classes: int) -> None:
-    if len(labels) and int(labels.max()) >= classes:
-        raise ValueError(
-            f"labels: got class {int(labels.max())}, the model has {classes} outputs, 0..{classes - 1}."
-        )
-
-
 def _share(flags: Tensor) -> float:
     return float(flags.double().mean()) if len(flags) else math.nan
+
+
+__all__ = ["Report", "ball", "certify_accuracy", "margins", "pair_rows", "robust_radius"]

@@ -18,6 +18,8 @@ from torch import Tensor
 
 from ..robust import UncertaintySet
 from ..solution import unknown_name
+from ._margins import worst_inputs
+from ._sensitivity import sensitivity
 
 Model = Callable[[Tensor], Tensor]
 NORMS = ("inf", 2)
@@ -73,7 +75,7 @@ def fgsm(
     Raises:
         ValueError: shapes, labels, radius, norm or clip out of range; NaN inputs.
     """
-    radius = _checked(u, labels, radius, norm, clip)
+    radius = checked(u, labels, radius, norm, clip)
     start = _measured(model, u, labels)
     g = _gradient(model, u, labels)
     moved = _clipped(u - radius[:, None] * _steepest(g, norm), clip)
@@ -102,7 +104,7 @@ def pgd(
     Raises:
         ValueError: as `fgsm`; or a count that is no positive integer.
     """
-    radius = _checked(u, labels, radius, norm, clip)
+    radius = checked(u, labels, radius, norm, clip)
     for name, count in (("steps", steps), ("restarts", restarts)):
         if type(count) is not int or count < 1:
             raise ValueError(f"{name}: got {count!r}, expected an integer >= 1.")
@@ -153,14 +155,12 @@ def sparse_attack(
         scores: S, how much an input can move an output; `sensitivity(model)` by default.  # (q, p)
         steps: of gradient on the chosen inputs.
     """
-    _checked(u, labels, radius, "inf", clip)
+    checked(u, labels, radius, "inf", clip)
     p = u.shape[1]
     if type(k) is not int or not 1 <= k <= p:
         raise ValueError(f"k: got {k!r}, expected an integer in 1..{p}.")
     choices = []
     if scores is None:
-        from ._sensitivity import sensitivity
-
         try:
             scores = sensitivity(model)
         except (TypeError, ValueError):  # no such matrix: the gradient alone chooses
@@ -200,9 +200,7 @@ def relaxation_attack(
             attained; small models).
         steps: of gradient from there.
     """
-    from .accuracy import worst_inputs
-
-    radius = _checked(u, labels, radius, norm, clip)
+    radius = checked(u, labels, radius, norm, clip)
     if method not in ("crown", "lp"):
         raise unknown_name("method", method, ("crown", "lp"))
     starts = worst_inputs(model, u, labels, radius, norm, method).to(u.dtype)
@@ -311,7 +309,7 @@ def _clipped(x: Tensor, clip: tuple[float, float] | None) -> Tensor:
     return x if clip is None else x.clamp(*clip)
 
 
-def _checked(
+def checked(
     u: Tensor, labels: Tensor, radius: "float | Tensor", norm: "str | int",
     clip: tuple[float, float] | None,
 ) -> Tensor:  # fmt: skip
