@@ -36,13 +36,20 @@ def samples(seed: int, count: int) -> torch.Tensor:
 
 
 def trained(seed: int, data: torch.Tensor, shard: str | None) -> nn.Sequential:
-    """A smaller network, by a few sweeps of block descent; which process has which sample is no matter."""
+    """A smaller network, by a few sweeps of block descent; which process has which sample is no
+    matter."""
     net = nn.Sequential(nn.Linear(40, 16), nn.ReLU(), nn.Linear(16, 2))
     torch.manual_seed(seed)
     for p in net.parameters():
         nn.init.normal_(p, std=0.2)
     lifted.blocks(net, data, (data[:, 0] > data[:, 1]).long(), sweeps=3, shard=shard)
     return net
+
+
+def largest(one: nn.Module, other: nn.Module) -> float:
+    """Difference of a parameter."""
+    pairs = zip(one.parameters(), other.parameters(), strict=True)
+    return max(float((a - b).detach().abs().max()) for a, b in pairs)
 
 
 def work(seed: int, count: int) -> None:
@@ -52,35 +59,33 @@ def work(seed: int, count: int) -> None:
     distributed.init_process_group("gloo")
     rank, size = distributed.get_rank(), distributed.get_world_size()
     net, data = teacher(seed), samples(seed, count)
-    options = {"penalty": 0.02, "kappa": 0.5}
     own = data[rank * count // size : (rank + 1) * count // size]
-    pairs = zip(
-        trained(seed, data, None).parameters(),
-        trained(seed, own, "samples").parameters(),
-        strict=True,
-    )
-    parts = {"blocks": max(float((a - b).detach().abs().max()) for a, b in pairs)}
-    start = time.perf_counter()
-    alone, report = fit_states(net, data, **options)
-    seconds = {"alone": time.perf_counter() - start}
-    for shard in ("samples", "rows"):
+    options = {"penalty": 0.02, "kappa": 0.5}
+
+    def timed(job):
         distributed.barrier()
         start = time.perf_counter()
-        layer, _ = fit_states(net, own if shard == "samples" else data, shard=shard, **options)
-        seconds[shard] = time.perf_counter() - start
-        parts[shard] = max(
-            float((getattr(layer, name) - getattr(alone, name)).detach().abs().max())
-            for name in "ABCDbd"
-        )
-    worst = torch.tensor(list(parts.values()))
-    distributed.all_reduce(worst, op=distributed.ReduceOp.MAX)
+        return job(), time.perf_counter() - start
+
+    blocks, first = timed(lambda: trained(seed, data, None))
+    (layer, report), second = timed(lambda: fit_states(net, data, **options))
+    jobs = {
+        "blocks": (blocks, first, lambda: trained(seed, own, "samples")),
+        "samples": (layer, second, lambda: fit_states(net, own, shard="samples", **options)[0]),
+        "rows": (layer, second, lambda: fit_states(net, data, shard="rows", **options)[0]),
+    }
     if rank == 0:
         print(report)
-        for shard, off in zip(parts, worst.tolist(), strict=True):
-            time_ = f", {seconds[shard]:.2f} s" if shard in seconds else ""
-            print(f"{size} processes, {shard}: largest difference {off:.0e}{time_}")
-        print(f"one process: {seconds['alone']:.2f} s")
-    assert float(worst.max()) < 1e-10
+    for name, (alone, seconds, job) in jobs.items():
+        together, shared = timed(job)
+        off = torch.tensor(largest(alone, together))
+        distributed.all_reduce(off, op=distributed.ReduceOp.MAX)
+        if rank == 0:
+            print(
+                f"{size} processes, by {name}: largest difference {float(off):.0e}, {shared:.2f} s; "
+                f"one process {seconds:.2f} s"
+            )
+        assert float(off) < 1e-10
     distributed.destroy_process_group()
 
 
