@@ -75,7 +75,7 @@ def main() -> None:
     arguments = parser.parse_args()
     data = mnist(arguments.data) if arguments.data else digits(arguments.seed)
     u, u_test, t, t_test = (x.float() if x.is_floating_point() else x for x in data)
-    epochs = 4 if arguments.quick else 20
+    epochs = 2 if arguments.quick else 20
 
     torch.manual_seed(arguments.seed)
     parts: list[nn.Module] = [nn.Linear(u.shape[1], WIDTH), nn.ReLU()]

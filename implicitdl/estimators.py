@@ -9,6 +9,8 @@ where X is, else in float64.
 
 import itertools
 import math
+from collections.abc import Iterable
+from numbers import Integral
 from typing import Any
 
 import numpy as np
@@ -46,8 +48,7 @@ class _Estimator(BaseEstimator):  # type: ignore[misc]
     def _network(self, X: np.ndarray, y: Tensor, outputs: int) -> None:
         """Fit everything that does not depend on the kind of target."""
         self._check_parameters()
-        self.mean_, scale = X.mean(0), X.std(0)
-        self.scale_ = np.where(scale > 0, scale, 1.0)
+        self.mean_, self.scale_ = X.mean(0), _spread(X)
         x = self._tensor(X)
         seed = int(check_random_state(self.random_state).randint(2**31 - 1))  # type: ignore[attr-defined]
         # The global generator draws the first weights, and is put back as it was.
@@ -133,8 +134,7 @@ class _Regressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         X, y = self._data(X, y, multi_output=True, y_numeric=True)
         self._flat = y.ndim == 1
         y = np.asarray(y, dtype=X.dtype).reshape(len(y), -1)
-        self.target_mean_, scale = y.mean(0), y.std(0)
-        self.target_scale_ = np.where(scale > 0, scale, 1.0)
+        self.target_mean_, self.target_scale_ = y.mean(0), _spread(y)
         self._network(X, torch.from_numpy((y - self.target_mean_) / self.target_scale_), y.shape[1])
         return self
 
@@ -147,6 +147,14 @@ class _Regressor(RegressorMixin, _Estimator):  # type: ignore[misc]
         tags = super().__sklearn_tags__()
         tags.target_tags.multi_output = True
         return tags
+
+
+def _spread(X: np.ndarray) -> np.ndarray:
+    """The standard deviation of each column; 1 for a constant one, whose deviation is rounding."""
+    scale = X.std(0)
+    noise = 8 * np.finfo(X.dtype).eps * np.abs(X).max(0)
+    spread: np.ndarray = np.where(scale > noise, scale, np.ones_like(scale))
+    return spread
 
 
 def _adam(
@@ -186,16 +194,16 @@ class _Implicit:
 
     def _build(self, features: int, outputs: int, dtype: torch.dtype) -> nn.Module:
         return ImplicitLayer(
-            features, outputs, self.states, activation=self.activation,
+            features, outputs, int(self.states), activation=self.activation,
             well_posed=self.well_posed, dtype=dtype,
         )  # fmt: skip
 
     def _train(self, network: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         self.loss_curve_ = _adam(
-            network, x, y, generator, self.epochs, self.batch_size, self.learning_rate,
-            self.weight_decay,
+            network, x, y, generator, int(self.epochs), int(self.batch_size),
+            float(self.learning_rate), float(self.weight_decay),
         )  # fmt: skip
-        self.n_iter_ = self.epochs
+        self.n_iter_ = int(self.epochs)
 
 
 class ImplicitClassifier(_Implicit, _Classifier):
@@ -256,9 +264,10 @@ class _Lifted:
         self.weight_decay, self.random_state = weight_decay, random_state
 
     def _build(self, features: int, outputs: int, dtype: torch.dtype) -> nn.Module:
-        widths = [features, *self.hidden, outputs]
-        if any(type(w) is not int or w < 1 for w in widths):
+        own = list(self.hidden) if isinstance(self.hidden, Iterable) else [self.hidden]
+        if any(isinstance(w, bool) or not isinstance(w, Integral) or w < 1 for w in own):
             raise ValueError(f"hidden: got {self.hidden!r}, expected integers >= 1.")
+        widths = [features, *map(int, own), outputs]
         layers: list[nn.Module] = []
         for i, (a, b) in enumerate(itertools.pairwise(widths)):
             layers += [lifted.Activate(get_activation(self.activation))] if i else []
@@ -268,20 +277,21 @@ class _Lifted:
     def _train(self, network: nn.Module, x: Tensor, y: Tensor, generator: torch.Generator) -> None:
         self.report_ = lifted.local(
             network, x, y, loss="squared" if y.is_floating_point() else "cross_entropy",
-            penalty=self.penalty, schedule="cosine", epochs=self.epochs,
-            batch_size=self.batch_size, seed=generator.initial_seed() % 2**31,
+            penalty=self.penalty, schedule="cosine", epochs=int(self.epochs),
+            batch_size=int(self.batch_size), seed=generator.initial_seed() % 2**31,
             optimizer=torch.optim.AdamW(
-                network.parameters(), lr=self.learning_rate, weight_decay=self.weight_decay
+                network.parameters(), lr=float(self.learning_rate),
+                weight_decay=float(self.weight_decay),
             ),
         )  # fmt: skip
-        self.n_iter_ = self.epochs
+        self.n_iter_ = int(self.epochs)
 
 
 class LiftedClassifier(_Lifted, _Classifier):
     """A feedforward network fitted by cross-entropy with `lifted.local`: no back-propagation.
 
     Args:
-        hidden: widths of the hidden layers.
+        hidden: widths of the hidden layers, or the width of the one.
         activation: by name; hard ones are trained, too.
         penalty: "fenchel", "quadratic" or "askari", as in `lifted.local`.
         epochs, batch_size, learning_rate, weight_decay, random_state: as in `ImplicitClassifier`.

@@ -26,8 +26,8 @@ MODULES = sorted(
 ORDER = (
     "_linalg",
     "_krylov",
-    "_sharing",
     "solution",
+    "_sharing",
     "_samples",
     "activations",
     "operators",

@@ -113,3 +113,27 @@ def test_bad_data():
     X[3, 1] = np.nan
     with pytest.raises(ValueError, match="NaN"):
         ImplicitClassifier().fit(X, np.arange(20) % 2)
+
+
+def test_constant_features_are_left_alone():
+    """The deviation of a column of 0.1 is rounding, by which nothing may be divided."""
+    generator = np.random.default_rng(0)
+    X = np.column_stack([generator.normal(size=(80, 3)), np.full(80, 0.1)])
+    y = (X[:, 0] > 0).astype(int)
+    for kind in (ImplicitClassifier(**SMALL), LiftedClassifier(8, epochs=20, random_state=0)):
+        model = kind.fit(X, y)
+        assert model.scale_[3] == 1.0
+        moved = X + np.array([0.0, 0.0, 0.0, 1e-6])
+        assert np.abs(model.decision_function(moved) - model.decision_function(X)).max() < 1e-4
+
+
+def test_numbers_of_numpy_and_one_width_are_taken():
+    X, y = load_breast_cancer(return_X_y=True)
+    X, y = X[:80, :5], y[:80]
+    grid = {"epochs": np.arange(2, 4), "batch_size": np.array([32, 64])}
+    GridSearchCV(ImplicitClassifier(np.int64(4)), grid, cv=2).fit(X, y)
+    GridSearchCV(LiftedClassifier(np.int32(6)), grid, cv=2).fit(X, y)
+    LiftedClassifier((np.int64(4), 3), epochs=1).fit(X, y)
+    for hidden in (0, (4, 0), 2.5, "wide", True):
+        with pytest.raises(ValueError, match="hidden"):
+            LiftedClassifier(hidden, epochs=1).fit(X, y)

@@ -47,6 +47,13 @@ def shared(rank, size, folder):
         u, labels = setting()
         own = slice(rank * 60 // size, 91 if rank == size - 1 else (rank + 1) * 60 // size)
         found = {c: trained(c, u[own], labels[own], shard="samples") for c in CASES}
+        # Validation samples of its own, few and other ones in each process: all must choose alike.
+        mine = slice(0, 20 - 15 * (rank > 0)) if rank != size - 1 else slice(60, 91)
+        held = (u[mine], labels[mine])
+        found["validated"] = trained(
+            "network", u[own], labels[own], shard="samples", validation=held, keep="best",
+            checkpoint=f"{folder}/run",
+        )  # fmt: skip
         bad = u[own].clone()
         if rank == size - 1:
             bad[3] = math.nan
@@ -65,9 +72,15 @@ def compare(size):
 
     u, labels = setting()
     alone = {c: trained(c, u, labels) for c in CASES}
+    held = (
+        torch.cat([u[:20], *[u[:5]] * (size - 2), u[60:]]),
+        torch.cat([labels[:20], *[labels[:5]] * (size - 2), labels[60:]]),
+    )
+    alone["validated"] = trained("network", u, labels, validation=held, keep="best")
     with tempfile.TemporaryDirectory() as folder:
         processes.spawn(shared, (size, folder), nprocs=size)
         for rank in range(size):
+            assert os.path.exists(os.path.join(folder, f"run.{rank}"))
             found, refused = torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=True)
             for case, (state, numbers) in found.items():
                 torch.testing.assert_close(numbers, alone[case][1], rtol=1e-10, atol=1e-10)

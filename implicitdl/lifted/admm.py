@@ -27,10 +27,10 @@ from ..solution import unknown_name
 from .chain import Chain
 from .checkpoint import fingerprint
 from .checks import check_count, check_inputs, check_number, check_targets
-from .local import _validation, checked_keep
 from .penalties import Loss, get_loss
+from .preparing import checked_keep, held_out
 from .report import Report
-from .running import Process, model_tensors, restore, run
+from .running import Process, described, model_tensors, restore, run
 from .states import descend
 
 _VARIANTS = ("zeng", "taylor", "dladmm")
@@ -102,13 +102,13 @@ def admm(
     process = _Splitting(model, chosen, variant, **numbers)
     u = check_inputs(data, next(model.parameters()))
     y = check_targets(targets, len(u), process.chain.check(u), chosen, u)
-    held = _validation(model, validation, u, y, chosen)
+    held = held_out(model, validation, u, y, chosen)
     process.start(u, y, not targets.is_floating_point())
     options: dict[str, Any] = {}
     if checkpoint is not None:
         sent = [None, None] if validation is None else list(validation)
         options = {
-            "method": "admm", "variant": variant, "loss": loss, **numbers,
+            "method": "admm", "model": described(model), "variant": variant, "loss": loss, **numbers,
             "data": fingerprint(data, targets, *sent),
         }  # fmt: skip
     report = Report(method="admm", model=model, details=process.details)

@@ -25,11 +25,11 @@ from .chain import Chain, Stage
 from .checkpoint import fingerprint
 from .checks import check_count, check_inputs, check_number, check_targets
 from .equilibrium_blocks import EquilibriumBlocks
-from .local import _module, _validation, as_model, checked_keep
 from .penalties import Loss, Penalty, get_loss, get_penalty
+from .preparing import as_model, checked_keep, held_out, module_of
 from .report import Report
 from .rows import Region, Rows, fit_rows
-from .running import Process, model_tensors, restore, run
+from .running import Process, described, model_tensors, restore, run
 from .states import descend
 
 
@@ -101,7 +101,7 @@ def blocks(
         >>> report.objective[2] <= report.objective[0]
         True
     """
-    module = _module(model, kept=True)
+    module = module_of(model, kept=True)
     chosen, how = get_loss(loss), get_penalty(penalty)
     rows = Rows() if rows is None else rows
     if not isinstance(rows, Rows):
@@ -115,7 +115,7 @@ def blocks(
         state_steps,
         check_count("weight_steps", weight_steps),
         bool(trace),
-        (check_number("damping", damping, zero=True)),
+        check_number("damping", damping, zero=True),
     )
     keep = checked_keep(keep, validation)
     if shard not in (None, "samples"):
@@ -134,7 +134,7 @@ def blocks(
     try:
         u = check_inputs(data, next(module.parameters()))
         y = check_targets(targets, len(u), process.outputs(u), chosen, u)
-        held = _validation(module, validation, u, y, chosen)
+        held = held_out(module, validation, u, y, chosen, sharing.total)
     except (TypeError, ValueError) as problem:
         error = problem
     sharing.agree(error)  # or one process would wait for another for ever
@@ -143,7 +143,7 @@ def blocks(
     if checkpoint is not None:
         sent = [None, None] if validation is None else list(validation)
         options = {
-            "method": "blocks", "loss": loss, "penalty": repr(how), "mu": mu, "growth": growth,
+            "method": "blocks", "model": described(module), "loss": loss, "penalty": repr(how), "mu": mu, "growth": growth,
             "rows": repr(rows), "state_steps": state_steps, "weight_steps": weight_steps, "damping": damping,
             "data": fingerprint(data, targets, *sent),
         }  # fmt: skip
@@ -183,9 +183,9 @@ class _ChainBlocks(Process):
     def start(self, u: Tensor, y: Tensor, labels: bool) -> None:
         """Feasible weights, and the states of a forward pass."""
         self.y, self.labels = y, labels
-        self.count = int(self.sharing.total(torch.tensor([float(len(y))])))
+        self.count = int(self.sharing.total(u.new_tensor([len(y)], dtype=torch.float64)))
         for stage in self.stages:
-            if stage.core is not None:
+            if stage.core is not None and stage.parameters:
                 theta = stage.weights()
                 stage.assign(self._region(stage, theta).inside(theta))
         self.x, _ = self.chain.forward(u)

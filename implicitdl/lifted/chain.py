@@ -2,7 +2,7 @@
 
 import functools
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..activations import Activation, get_activation
 
@@ -20,7 +21,11 @@ _FIXED = (
 )  # fmt: skip
 _RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _BEHIND = (nn.Flatten, nn.Identity, *_RANDOM)
-_NORM = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
+_KNOWN = _LINEAR + _FIXED + _RANDOM + NORMS
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
 
 
 class Activate(nn.Module):
@@ -112,11 +117,9 @@ class Stage:
             bound = min(bound, slack * float(torch.linalg.matrix_norm(weight, 2)))
         return bound
 
-    # ---- as a regression on rows: blocks and admm ---------------------------------------------
-
     @property
     def core(self) -> nn.Module | None:
-        """The one module with parameters."""
+        """The one module with parameters, for `blocks` and `admm`, which see a stage as a regression."""
         found = [m for m in self.body if isinstance(m, _LINEAR)]
         return found[0] if found else None
 
@@ -190,8 +193,9 @@ class Chain:
         body: list[nn.Module] = []
         start = ""
         for name, module in _flat(model):
-            phi = None if isinstance(module, _LINEAR + _FIXED + _RANDOM + _NORM) else _phi(module)
-            if phi is None and not isinstance(module, _LINEAR + _FIXED + _RANDOM + _NORM):
+            _require_plain(name, module)
+            phi = None if isinstance(module, _KNOWN) else _phi(module)
+            if phi is None and not isinstance(module, _KNOWN):
                 raise TypeError(
                     f"model: {name} is {module}, expected linear, convolution, average pooling, "
                     "flattening or an activation that is known here (wrap others in "
@@ -208,6 +212,14 @@ class Chain:
         shared = [p for stage in self.stages for p in stage.body.parameters()]
         if not shared:
             raise ValueError("model: it has no parameters, expected something to train.")
+        if not any(p.requires_grad for p in shared):
+            raise ValueError("model: all of its parameters are frozen, expected one to train.")
+        coarse = next((p.dtype for p in shared if torch.finfo(p.dtype).bits < 32), None)
+        if dense and coarse is not None:
+            raise TypeError(
+                f"model: its parameters are {coarse}, expected float32 or float64, in which Gram "
+                "matrices can be factored; `lifted.local` trains others."
+            )
         if dense and len({id(p) for p in shared}) != len(shared):
             raise ValueError(
                 "model: two layers share a weight, which only `lifted.local` can train."
@@ -220,6 +232,8 @@ class Chain:
             isinstance(m, nn.Flatten) and (m.start_dim, m.end_dim) == (1, -1) for m in body[:-1]
         )
         single = bool(body) and isinstance(body[-1], nn.Linear) and front and len(cores) == 1
+        # The gradient of what a parametrisation is made from needs automatic differentiation.
+        single = single and not is_parametrized(body[-1])
         if self.dense:
             _require_dense(body, cores, name)
         return Stage(nn.Sequential(*body), phi, name, body[-1] if single else None)  # type: ignore
@@ -270,7 +284,43 @@ class Chain:
         return before[-1].shape[1]
 
 
+def _require_plain(name: str, module: nn.Module) -> None:
+    """Refuse a module that does something else than its class says.
+
+    Raises:
+        TypeError: it has hooks (torch's older weight_norm and its pruning are hooks), or a `forward`
+            of its own.
+    """
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        raise TypeError(
+            f"model: {name} has hooks, expected none: local gradients would not see what they do. "
+            "Take them off; torch.nn.utils.parametrize is followed by `lifted.local`."
+        )
+    base = next((kind for kind in (nn.Sequential, *_KNOWN) if isinstance(module, kind)), None)
+    if base is not None and type(module).forward is not base.forward:
+        raise TypeError(
+            f"model: {name} is a {type(module).__name__} with a `forward` of its own, expected that "
+            f"of nn.{base.__name__}."
+        )
+
+
+def require_whole(name: str, parameters: Iterable[Tensor | None]) -> bool:
+    """Whether the parts of a block are trained, all or none of them.
+
+    Raises:
+        ValueError: some are frozen; the block is one convex program over all of them.
+    """
+    wanted = {p.requires_grad for p in parameters if p is not None}
+    if len(wanted) > 1:
+        raise ValueError(
+            f"model: some parameters of {name} are frozen and some are not, expected all or none: "
+            "they are fitted together; `lifted.local` trains any."
+        )
+    return wanted == {True}
+
+
 def _flat(model: nn.Sequential, prefix: str = "") -> Iterator[tuple[str, nn.Module]]:
+    _require_plain(prefix or "the model", model)
     for name, module in model._modules.items():  # named_children leaves out repeated modules
         if isinstance(module, nn.Sequential):
             yield from _flat(module, f"{prefix}{name}.")
@@ -296,10 +346,17 @@ def _require_dense(body: list[nn.Module], cores: list[nn.Module], name: str) -> 
         getattr(core, "padding_mode", "zeros") != "zeros"
         or isinstance(getattr(core, "padding", 0), str)
     )
+    if core is not None:
+        if is_parametrized(core):
+            raise TypeError(
+                f"model: the weights at {name} are parametrised, expected plain ones, which are fitted "
+                "as they are; `lifted.local` follows parametrisations."
+            )
+        require_whole(name, core.parameters())
     wrong = (
         len(cores) > 1
         or any(isinstance(m, _RANDOM) and m.p > 0 for m in body)
-        or any(isinstance(m, _NORM) for m in body)
+        or any(isinstance(m, NORMS) for m in body)
         or isinstance(core, nn.Conv3d)
         or any(not isinstance(m, _BEHIND) for m in behind)
         or grouped

@@ -160,4 +160,6 @@ def _fill(report: Report, history: Any) -> None:
         raise TypeError("its details are no mapping")
     for key in (*series, "penalties"):
         setattr(report, key, history[key])
-    report.best, report.details = best, details
+    report.best = best
+    report.details.clear()  # the process writes to the same mapping
+    report.details.update(details)

@@ -18,6 +18,7 @@ from torch import Tensor
 from .._linalg import resolvent_vector
 from .._sharing import Sharing
 from ..wellposed import InfNormBall, PerronFrobenius
+from .chain import require_whole
 from .penalties import Loss, Penalty
 from .rows import Region, Rows, fit_rows
 from .running import Process, model_tensors, restore
@@ -55,6 +56,13 @@ class EquilibriumBlocks(Process):
         self.state_steps, self.weight_steps, self.trace, self.damping = counts
         self.sharing = sharing
         self.details: dict[str, Any] = {}
+        self.trained = {
+            "states": True,
+            "readout": require_whole("C, D and d", (model.C, model.D, model.d)),
+            "equation": require_whole("A, B and b", (model.W, model.B, model.b)),
+        }
+        if not (self.trained["readout"] or self.trained["equation"]):
+            raise ValueError("model: all of its parameters are frozen, expected one to train.")
 
     def outputs(self, u: Tensor) -> int:
         """How many the layer has for such inputs."""
@@ -69,8 +77,9 @@ class EquilibriumBlocks(Process):
     def start(self, u: Tensor, y: Tensor, labels: bool) -> None:
         """A in its set, and the states at the equilibrium."""
         self.u, self.y, self.labels = u, y, labels
-        self.count = int(self.sharing.total(torch.tensor([float(len(y))])))
-        self.model.W.copy_(self.model.A)
+        self.count = int(self.sharing.total(u.new_tensor([len(y)], dtype=torch.float64)))
+        if self.trained["equation"]:
+            self.model.W.copy_(self.model.A)
         self.x = self.model.state(u)
 
     # (A, B, b) and (C, D, d) side by side, without what the layer does not have
@@ -148,7 +157,8 @@ class EquilibriumBlocks(Process):
         steps = []
         for name, step in (("states", self._states), ("readout", self._fit_readout),
                            ("equation", self._fit_equation)):  # fmt: skip
-            step()
+            if self.trained[name]:
+                step()
             if self.trace:
                 steps.append([name, self.objective()])
         if self.trace:

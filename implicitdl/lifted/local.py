@@ -8,19 +8,19 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.parametrize import is_parametrized
 
 from ..implicit.lifted import Lifted
-from ..layers import ImplicitLayer
 from ..layers.base import AffineLayer
 from ..model import ImplicitModel
 from ..solution import unknown_name
-from ..wellposed import InfNormBall, PerronFrobenius
-from .chain import _NORM, Chain
+from .chain import NORMS, Chain
 from .checkpoint import fingerprint
 from .checks import check_count, check_inputs, check_number, check_targets
-from .penalties import Loss, Penalty, get_loss, get_penalty
+from .penalties import Penalty, get_loss, get_penalty
+from .preparing import as_model, checked_keep, held_out, module_of
 from .report import Report
-from .running import Process, model_tensors, restore, run, scores
+from .running import Process, described, model_tensors, restore, run, scores
 from .sweep import Settings, sweep
 
 _SCHEDULES: dict[str, Callable[[float], float]] = {
@@ -48,7 +48,7 @@ def gradients(
         model, data, targets, loss, penalty, c, two_sided, sweeps, coupling: as in `local`.
 
     Returns:
-        The mean loss of the free output.
+        The mean loss of the free output; for targets that are probabilities, less their entropy.
 
     Raises:
         TypeError, ValueError: as `local`.
@@ -62,6 +62,11 @@ def gradients(
         >>> net[0].weight.grad.shape
         torch.Size([8, 4])
     """
+    if isinstance(model, ImplicitModel):
+        raise TypeError(
+            "model: got an ImplicitModel, which has no `.grad`; expected an ImplicitLayer or an "
+            "nn.Sequential. `lifted.local` takes one and returns the trained one."
+        )
     how = _settings(model, loss, penalty, c, two_sided, sweeps, coupling)
     backend, u, y = _prepared(model, data, targets, how)
     total, _, _, _ = backend(u, y, how, False)
@@ -110,7 +115,9 @@ def local(
             for 0.5, or 0.01 for implicit layers (see `Lifted`).
         two_sided: the mean of the gradients for c and -c, off by O(c^2) instead of O(c).
         sweeps: of each block, more than one only where they are certified to contract; None for 1,
-            and for the whole clamped solve of an implicit layer.
+            and for the whole clamped solve of an implicit layer. With one, gradients are off by O(c);
+            with more, each block is solved with the target above it held (Li et al.), a direction
+            that differs from the gradient for every c.
         coupling: gamma, the weight of each block's penalty against the one below; less than 1
             makes more sweeps contract for larger weights.
         optimizer: over the model's parameters; None for AdamW(lr=3e-3).
@@ -118,7 +125,9 @@ def local(
             of the share of the steps that are done.
         epochs, batch_size, seed: passes over the data, their order being given by the seed.
         validation: inputs and targets to rank epochs by.
-        keep: "best" or "last"; None for "best" with validation samples, else "last".
+        keep: "best" or "last"; None for "best" with validation samples, else "last". Without such
+            samples "best" evaluates the training samples after each epoch; after Ctrl-C, whose
+            choice comes unasked, epochs are ranked by their running loss.
         checkpoint: a file that is written after each epoch; where it exists, the training goes on
             from it, bit for bit as if it had not stopped.
         progress: whether to show a bar (tqdm where it is installed).
@@ -144,7 +153,7 @@ def local(
         >>> lifted.local(net, u, (u[:, 0] > 0).long(), epochs=2).epochs
         2
     """
-    module = _module(model)
+    module = module_of(model)
     how = _settings(module, loss, penalty, c, two_sided, sweeps, coupling)
     backend, u, y = _prepared(module, data, targets, how)
     optimizer = _optimizer(module, optimizer)
@@ -152,16 +161,23 @@ def local(
     process.rate = _schedule(schedule)
     process.epochs = check_count("epochs", epochs, 0)
     process.batch_size = check_count("batch_size", batch_size)
+    lone = (len(u) - 1) % process.batch_size == 0
+    if lone and any(isinstance(m, nn.BatchNorm1d) and m.training for m in module.modules()):
+        raise ValueError(
+            f"batch_size: {batch_size} leaves a last batch of one of {len(u)} samples, which batch "
+            "normalisation cannot take; choose another."
+        )
     process.seed = check_count("seed", seed, 0)
     keep = checked_keep(keep, validation)
-    held = _validation(module, validation, u, y, how.loss)
+    held = held_out(module, validation, u, y, how.loss)
+    process.after = keep == "best" and held is None
     options: dict[str, Any] = {}
     if checkpoint is not None:
         sent = [None, None] if validation is None else list(validation)
         options = {
-            "method": "local", "loss": loss, "penalty": repr(how.penalty), "c": how.c,
+            "method": "local", "model": described(module), "loss": loss, "penalty": repr(how.penalty), "c": how.c,
             "two_sided": two_sided, "sweeps": how.sweeps, "coupling": how.coupling,
-            "schedule": schedule if isinstance(schedule, str) else repr(schedule.__qualname__),
+            "schedule": [process.rate(t) for t in (0.0, 0.2, 0.5, 0.7, 1.0)],
             "epochs": epochs, "batch_size": batch_size, "seed": seed,
             "optimizer": process.hyperparameters(),
             "data": fingerprint(data, targets, *sent),
@@ -201,52 +217,6 @@ def as_initialization(
     return local(model, data, targets, epochs=epochs, **{"schedule": "constant", **options})
 
 
-def checked_keep(keep: str | None, validation: Any) -> str:
-    """The choice, or the default."""
-    if keep not in (None, "best", "last"):
-        raise unknown_name("keep", keep, ("best", "last"))
-    return keep or ("last" if validation is None else "best")
-
-
-def _module(model: Any, kept: bool = False) -> nn.Module:
-    """The module that is trained: a layer of its own for an ImplicitModel, whose A, where it is to
-    be `kept` well-posed, is so in the smallest of two sets that it is in."""
-    if not isinstance(model, ImplicitModel):
-        return model
-    if model.structure is not None:
-        raise ValueError(
-            "model: got a structured ImplicitModel, expected one of matrices: train the network "
-            "that it was made from, or pass `model.dense()`."
-        )
-    like: dict[str, Any] = {"dtype": model.dtype, "device": model.device}
-    own: Any = None
-    if kept:
-        A = model.A.detach()
-        sets = (InfNormBall(), PerronFrobenius())
-        own = next((s for s in sets if s.contains(A, 0.0)), None)
-        if own is None:
-            raise ValueError(
-                f"model: A is neither in {sets[0]} nor in {sets[1]} (margin "
-                f"{float(sets[1].margin(A)):.3g}), expected one that stays well-posed in training."
-            )
-    layer = ImplicitLayer(
-        model.inputs, model.outputs, model.states, activation=model.activation, well_posed=own,
-        **like,
-    )  # fmt: skip
-    with torch.no_grad():
-        layer.W.copy_(model.A)
-        for name in ("B", "C", "D", "b", "d"):
-            getattr(layer, name).copy_(getattr(model, name))
-    return layer
-
-
-def as_model(layer: Any) -> ImplicitModel:
-    """The layer's matrices as they are now."""
-    found = layer.model()
-    parts = {name: getattr(found, name).detach().clone() for name in "ABCDbd"}
-    return ImplicitModel(**parts, phi=found.phi)
-
-
 def _settings(
     model: Any, loss: str, penalty: Any, c: float | None, two_sided: bool, sweeps: int | None,
     coupling: float,
@@ -270,6 +240,8 @@ def _settings(
 def _prepared(model: Any, data: Any, targets: Any, how: Settings) -> tuple[Any, Tensor, Tensor]:
     """How to get gradients of the model, and the data as rows, all checked."""
     if isinstance(model, AffineLayer):
+        if not any(p.requires_grad for p in model.parameters()):
+            raise ValueError("model: all of its parameters are frozen, expected one to train.")
         backend: Any = _Equilibrium(model, how)
         like: Tensor = model.B
     else:
@@ -280,30 +252,6 @@ def _prepared(model: Any, data: Any, targets: Any, how: Settings) -> tuple[Any, 
     return backend, u, check_targets(targets, len(u), outputs, how.loss, like)
 
 
-def _validation(
-    model: nn.Module, validation: Any, u: Tensor, y: Tensor, loss: Loss
-) -> Callable[[], float] | None:
-    """The score of the model on the validation samples."""
-    if validation is None:
-        return None
-    if not isinstance(validation, tuple | list) or len(validation) != 2:
-        raise TypeError("validation: expected a pair (inputs, targets).")
-    held = check_inputs(validation[0], u, "validation data")
-    if held.shape[1:] != u.shape[1:]:
-        raise ValueError(
-            f"validation data: got samples of shape {tuple(held.shape[1:])}, expected "
-            f"{tuple(u.shape[1:])} as data."
-        )
-    wanted = check_targets(validation[1], len(held), y.shape[1], loss, u, "validation targets")
-    labels = not validation[1].is_floating_point()
-
-    def score() -> float:
-        value, share = scores(model, held, wanted, loss, labels)
-        return share if labels else -value
-
-    return score
-
-
 class _Sweeps:
     """Gradients of a chain."""
 
@@ -312,7 +260,12 @@ class _Sweeps:
         for stage in self.chain.stages:
             if stage.phi is not None:
                 how.penalty.check(stage.phi, value=False)
-        varying = self.chain.random or any(isinstance(m, _NORM) for m in model.modules())
+        varying = self.chain.random or any(isinstance(m, NORMS) for m in model.modules())
+        if how.sweeps > 1 and any(is_parametrized(m) for m in model.modules()):
+            raise ValueError(
+                f"sweeps: got {how.sweeps} with parametrised weights, whose norms are not known here; "
+                "take sweeps=1."
+            )
         if how.sweeps > 1 and varying:
             raise ValueError(
                 f"sweeps: got {how.sweeps} with dropout or batch normalisation, whose maps change "
@@ -387,7 +340,17 @@ def _optimizer(model: nn.Module, optimizer: Any) -> torch.optim.Optimizer:
 
 def _schedule(schedule: Any) -> Callable[[float], float]:
     if callable(schedule):
-        return schedule
+
+        def factor(t: float) -> float:
+            value = float(schedule(t))
+            if not 0 <= value < math.inf:
+                raise ValueError(
+                    f"schedule: got {value} at {t:.4g}, expected a finite factor >= 0 of the "
+                    "learning rate."
+                )
+            return value
+
+        return factor
     if schedule not in _SCHEDULES:
         raise unknown_name("schedule", schedule, _SCHEDULES)
     return _SCHEDULES[schedule]
@@ -400,6 +363,7 @@ class _Local(Process):
     epochs: int
     batch_size: int
     seed: int
+    after: bool  # whether an epoch is judged by a pass after it
 
     def __init__(
         self, model: nn.Module, backend: Any, u: Tensor, y: Tensor, how: Settings,
@@ -432,12 +396,15 @@ class _Local(Process):
                 if self.labels:
                     hits = hits + (out.argmax(1) == y.argmax(1)).sum()
         mean = float(total) / len(self.u)
+        share = float(hits) / len(self.u) if self.labels else math.nan
+        if self.after:
+            mean, share = scores(self.model, self.u, self.y, self.how.loss, self.labels)
         return {
             "objective": mean,
             "loss": mean,
             "penalties": penalties,
             "feasibility": max(gaps, default=0.0),
-            "accuracy": float(hits) / len(self.u) if self.labels else math.nan,
+            "accuracy": share,
         }
 
     def close(self) -> None:
@@ -487,6 +454,6 @@ def _primed(optimizer: torch.optim.Optimizer) -> torch.optim.Optimizer:
     twin = copy.deepcopy(optimizer)
     for group in twin.param_groups:
         for p in group["params"]:
-            p.grad = torch.zeros_like(p)
+            p.grad = torch.zeros_like(p) if p.requires_grad else None
     twin.step()
     return twin

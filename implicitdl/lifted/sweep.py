@@ -11,7 +11,10 @@ is swept once from the top, with e_L = c grad loss and, below, the proximal step
 
 As c -> 0 these are the gradients of back-propagation, one-sided to O(c), two-sided to O(c^2). More
 sweeps of a block, T <- phi(z - gamma W^T (phi(W T + b) - T_above)), contract where gamma beta
-||W||^2 < 1, and are made only there: beyond, they diverge, and training collapses with them.
+||W||^2 < 1, and are made only there: beyond, they diverge, and training collapses with them. They
+solve the block with the target above held, so that what comes out, (I + D W' D_above W)^-1 times
+the one-sweep residual, is a descent direction of the lifted problem and not the gradient, however
+small c is.
 
 Reference: Li et al. (2019), section 3.3 (the fixed-point form of the step); Zach, Estellers (2019)
 and Zach (2021) for the limit.
@@ -69,7 +72,7 @@ class _Frame:
             self.x, self.shape = rows, x.shape
             self.z = stage(x)
         else:
-            with torch.enable_grad():  # of affine modules alone
+            with torch.enable_grad():  # of what is affine, batch normalisation, parametrisations
                 self.x, self.shape = x.detach().requires_grad_(not first), x.shape
                 self.graph = stage(self.x)
             self.z = self.graph.detach()
