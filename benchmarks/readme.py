@@ -6,6 +6,7 @@ With --check nothing is written; the exit status is 1 where README.md says somet
 """
 
 import argparse
+import json
 import re
 import sys
 from pathlib import Path
@@ -62,8 +63,22 @@ def convert() -> str:
     return f"{tables('convert')[0]}\n{machine('convert')}"
 
 
+def lifted() -> str:
+    """Test accuracy of three methods at the same processor time."""
+    rows = json.loads((RESULTS / "lifted.json").read_text())["summary"]
+    found = {(r["task"], r["method"]): r for r in rows}
+    methods = ("Adam", "SGD", "local sweep", "Fenchel blocks")
+    lines = ["| network | " + " | ".join(methods) + " |", "|---" * (len(methods) + 1) + "|"]
+    for task in dict.fromkeys(task for task, method in found if method == "Adam"):
+        cells = [found[task, m] for m in methods]
+        shown = [f"{100 * r['accuracy']:.2f} +- {100 * r['deviation']:.2f}" for r in cells]
+        lines.append(f"| {task} | " + " | ".join(shown) + " |")
+    return "\n".join(lines)
+
+
 SECTIONS = {
-    "convert": convert, "citizenship": citizenship, "benchmark": benchmark, "mnist": mnist
+    "convert": convert, "citizenship": citizenship, "benchmark": benchmark, "mnist": mnist,
+    "lifted": lifted,
 }  # fmt: skip
 
 
