@@ -69,8 +69,8 @@ TASKS = [
     Task("digits 4 x 64", "digits", (64, 64, 64, 64, 64, 10), 1.2),
     Task("MNIST-1D 4 x 100", "mnist1d", (40, 100, 100, 100, 100, 10), 3.0),
     Task("MNIST-1D 8 x 100", "mnist1d", (40, *[100] * 8, 10), 4.0),
-    Task("MNIST 784-300-10", "mnist", (784, 300, 10), 14.0, batch=128),
-    Task("MNIST 784-300-100-10", "mnist", (784, 300, 100, 10), 14.0, batch=128),
+    Task("MNIST 784-300-10", "mnist", (784, 300, 10), 12.5, batch=128),
+    Task("MNIST 784-300-100-10", "mnist", (784, 300, 100, 10), 12.5, batch=128),
 ]
 IMPLICIT = [
     Task("implicit digits, 64 states", "digits", (64, 64, 10), 0.0, implicit=True, epochs=20),

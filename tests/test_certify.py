@@ -1,5 +1,7 @@
 """Bounds hold: random models, regions and methods, attacked by samples and by gradients."""
 
+import copy
+import gc
 import math
 
 import pytest
@@ -11,6 +13,8 @@ from implicitdl import ImplicitLayer, ImplicitModel, MonotoneLayer, to_implicit
 from implicitdl.activations import GELU, Blocks, ReLU, Softmax, Tanh
 from implicitdl.certify import (
     Bounds,
+    _graph,
+    _programs,
     bounds,
     certify_accuracy,
     margins,
@@ -18,6 +22,7 @@ from implicitdl.certify import (
     robust_radius,
     sensitivity,
 )
+from implicitdl.certify._graph import known
 from implicitdl.certify.accuracy import ball, pair_rows
 from implicitdl.robust import Ball, Box, Budget, Ellipsoid, Polytope
 from implicitdl.solvers import Picard
@@ -100,20 +105,27 @@ REGIONS = {
 REFUSED = {("monotone", "interval"), ("monotone", "sensitivity")}
 
 
-def worst_gap(model, region, found: Bounds, u: Tensor, samples: int = 200) -> float:
-    """How far the nearest sampled or attacked output stays inside the bounds; < 0: outside."""
+def extremes(model, region, u: Tensor, samples: int = 200) -> tuple[Tensor, Tensor]:
+    """The smallest and largest outputs that samples and gradient attacks find.  # (m, q) each"""
     g = torch.Generator().manual_seed(1)
     z = torch.cat(
         [region.sample(samples, generator=g), region.sample(50, boundary=True, generator=g)]
     )
     with torch.no_grad():
         y = model((u + z[:, None]).reshape(-1, P)).reshape(len(z), len(u), -1)
-    gap = min(float((y - found.lower).min()), float((found.upper - y).min()))
     eye = torch.eye(Q)
     low, _ = minimise(model, region, torch.cat([eye, -eye]), around=u, steps=6, generator=g)
-    return min(
-        gap, float((low[:, :Q] - found.lower).min()), float((low[:, Q:] + found.upper).min())
-    )
+    return torch.minimum(y.amin(0), low[:, :Q]), torch.maximum(y.amax(0), -low[:, Q:])
+
+
+def gap_of(found: Bounds, ends: tuple[Tensor, Tensor]) -> float:
+    """How far the nearest of these outputs stays inside the bounds; < 0: outside."""
+    return min(float((ends[0] - found.lower).min()), float((found.upper - ends[1]).min()))
+
+
+def worst_gap(model, region, found: Bounds, u: Tensor, samples: int = 200) -> float:
+    """`gap_of` samples and attacks."""
+    return gap_of(found, extremes(model, region, u, samples))
 
 
 @pytest.mark.parametrize(
@@ -127,7 +139,7 @@ def worst_gap(model, region, found: Bounds, u: Tensor, samples: int = 200) -> fl
 def test_no_input_of_the_region_leaves_the_bounds(name, region):
     model, set_ = MODELS[name](3), REGIONS[region]
     u = torch.randn(3, P)
-    widths = {}
+    widths, ends = {}, extremes(model, set_, u)
     for method in METHODS:
         if (name, method) in REFUSED:
             with pytest.raises(ValueError, match="no M-matrix|M-matrix, which"):
@@ -136,7 +148,7 @@ def test_no_input_of_the_region_leaves_the_bounds(name, region):
         found = bounds(model, set_, method, around=u)
         assert found.sound and found.method == method
         # The layer's own solve is as accurate as its tolerance: what it is off by is no violation.
-        assert worst_gap(model, set_, found, u) > -1e-9, (name, region, method)
+        assert gap_of(found, ends) > -1e-9, (name, region, method)
         widths[method] = found.width
     # Ranges of states that other methods found are no wider, but the lines drawn in them may be.
     assert (widths["best"] <= widths["crown"] * (1 + 1e-3)).all()
@@ -186,9 +198,12 @@ def test_a_large_sweep_has_no_violation():
         model = MODELS[name](seed + 10)
         region = list(REGIONS.values())[seed % 4]
         u = torch.randn(2, P, generator=generator)
+        ends, few = extremes(model, region, u, 100), 3 * (seed % 2)
         for method in ("lipschitz", "crown"):
-            found = bounds(model, region, method, around=u, refinements=2, steps=3 * (seed % 2))
-            assert worst_gap(model, region, found, u, 100) > -1e-9, (name, seed, method)
+            found = bounds(
+                model, region, method, around=u, refinements=2, steps=few, range_steps=few
+            )
+            assert gap_of(found, ends) > -1e-9, (name, seed, method)
 
 
 # ---- two published constructions that are not sound ------------------------------------------------
@@ -219,25 +234,64 @@ def test_a_truncated_interval_iteration_is_not_a_bound_and_ours_is():
 
 
 def test_row_sums_are_no_spectral_norms():
-    """||C||_inf ||B||_inf / (1 - ||A||_inf) bounds the infinity norm, not the 2-norm."""
+    """||C||_inf ||B||_inf / (1 - ||A||_inf), printed for the 2-norm in a published code, is no bound
+    there: of y = (u, ..., u), p times, the row sums say 1 and the 2-norm moves by sqrt(p) |u|."""
     p = 16
-    f = ImplicitModel(torch.zeros(1, 1), torch.ones(1, p) / p, torch.ones(4, 1), b=torch.ones(1))
-    claimed = 1.0 * 1.0  # ||C||_inf ||B||_inf
-    u, r = torch.zeros(1, p), 1.0
-    moved = f(torch.full((1, p), 1 / math.sqrt(p))) - f(u)
-    assert float(torch.linalg.vector_norm(torch.ones(1, p) / p)) < 1
-    g = ImplicitModel(torch.zeros(p, p), torch.eye(p), torch.ones(1, p) / p, b=torch.ones(p))
-    # B^T: row sums 1 / p, 2-norm 1 / sqrt(p): a point of the 2-ball moves y by more than r / p.
-    wide = ImplicitModel(torch.zeros(p, p), torch.ones(p, 1) / p, torch.ones(1, p), b=torch.ones(p))
-    assert claimed >= float(moved.abs().max())
-    tall = ImplicitModel(torch.zeros(p, p), torch.ones(p, 1), torch.eye(p), b=torch.ones(p))
-    step = torch.linalg.vector_norm(tall(torch.ones(1, 1)) - tall(torch.zeros(1, 1)))
-    assert float(step) > 1.0 + 1  # the "constant" of row sums is 1, the 2-norm moves by sqrt(p)
-    for model, centre in ((f, u), (g, u), (wide, u[:, :1]), (tall, u[:, :1])):
-        region = Ball(radius=r, norm=2, dimension=centre.shape[1])
-        found = bounds(model, region, "lipschitz", around=centre)
-        y = model(region.sample(200, boundary=True))
-        assert (y >= found.lower).all() and (y <= found.upper).all()
+    f = ImplicitModel(torch.zeros(p, p), torch.ones(p, 1), torch.eye(p), b=torch.ones(p))
+    by_row_sums = float(f.C.abs().sum(1).max() * f.B.abs().sum(1).max())
+    u, v = torch.zeros(1, 1), torch.ones(1, 1)
+    moved = float(torch.linalg.vector_norm(f(v) - f(u)))
+    assert by_row_sums == 1.0 and moved == pytest.approx(math.sqrt(p))
+    row = torch.ones(1, p) / math.sqrt(p)  # along which it moves
+    found = bounds(f, Ball(radius=1.0, norm=2, dimension=1), "lipschitz", around=u, rows=row)
+    low, high = float(found.lower - row @ f(u)[0]), float(found.upper - row @ f(u)[0])
+    assert low <= -moved and high >= moved
+    assert high < moved * (1 + 1e-9)  # and no more than the 2-norms say
+
+
+# ---- what is kept from call to call ---------------------------------------------------------------
+
+
+def test_weights_that_change_in_any_way_are_seen():
+    """Nodes are kept while all weights stay, number by number: no version counter is trusted."""
+    net, model = feedforward()
+    layer = ImplicitLayer(P, Q, N)
+    matrices = dense(0)
+    u, region = torch.randn(2, P), REGIONS["inf"]
+    changes = {
+        "in place": lambda w: w.detach().mul_(1.01),
+        "through .data": lambda w: w.data.add_(0.01),
+        "shared memory": lambda w: w.detach().numpy().__imul__(0.99),
+    }
+    for thing, weight in (
+        (model, net[2].weight), (model, net[4].bias), (layer, layer.B), (layer, layer.W),
+        (matrices, matrices.A), (matrices, matrices.d),
+    ):  # fmt: skip
+        for name, change in changes.items():
+            before = bounds(thing, region, "interval", around=u)
+            assert known(thing)[0] is known(thing)[0], name
+            change(weight)
+            after = bounds(thing, region, "interval", around=u)
+            assert not torch.equal(after.lower, before.lower), name
+            fresh = copy.deepcopy(thing)  # nothing is known of a copy
+            again = bounds(fresh, region, "interval", around=u)
+            torch.testing.assert_close(after.lower, again.lower, rtol=0, atol=0)
+    before = bounds(model, region, "interval", around=u)
+    net[0].weight = nn.Parameter(2 * net[0].weight.detach())  # another tensor in its place
+    assert not torch.equal(bounds(model, region, "interval", around=u).lower, before.lower)
+    with torch.no_grad():
+        net[0].weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="NaN or infinite weights"):
+        bounds(model, region, "interval", around=u)
+
+
+def test_what_is_kept_goes_with_its_model():
+    model = dense(3)
+    bounds(model, REGIONS["inf"], "interval", around=torch.zeros(1, P))
+    count = len(_graph._KNOWN)
+    del model
+    gc.collect()
+    assert len(_graph._KNOWN) < count
 
 
 # ---- tight cases -----------------------------------------------------------------------------------
@@ -362,6 +416,36 @@ def test_the_semidefinite_bound_is_between_linear_and_true():
     sdp = bounds(model, region, "sdp", around=u, refinements=2)
     assert worst_gap(model, region, sdp, u) > -1e-9
     assert float(sdp.width.mean()) < float(lp.width.mean()) * 1.001
+
+
+@pytest.mark.parametrize(("exact", "few"), [(100, {"max_iter": 4}), (0, {"max_iters": 20})])
+def test_any_multipliers_of_the_semidefinite_program_give_a_bound(monkeypatch, exact, few):
+    """The interior-point and the first-order solver, at their end and stopped early."""
+    model, u, real = dense(7, n=6), torch.randn(1, P), _programs._solve
+    row = torch.eye(Q)[:1]
+    monkeypatch.setattr(_programs, "SDP_EXACT", exact)
+    for region in (REGIONS["inf"], REGIONS["2"]):
+        full = bounds(model, region, "sdp", around=u, rows=row)
+        monkeypatch.setattr(_programs, "_solve", lambda problem, **o: real(problem, **(o | few)))
+        early = bounds(model, region, "sdp", around=u, rows=row)
+        monkeypatch.setattr(_programs, "_solve", real)
+        y = model(u + region.sample(300))[:, 0]
+        low, _ = minimise(model, region, torch.cat([row, -row]), around=u, steps=20)
+        least, most = min(float(y.min()), float(low[0, 0])), max(float(y.max()), -float(low[0, 1]))
+        for found in (full, early):
+            assert float(found.lower) <= least + 1e-9 and float(found.upper) >= most - 1e-9
+        assert float(early.width) >= float(full.width) * (1 - 1e-3)
+
+
+def test_ascent_over_the_slopes_of_ranges_tightens_them():
+    model, region, u = dense(2), Ball(radius=0.5, norm="inf", dimension=P), torch.randn(2, P)
+    for method in ("crown", "best"):
+        plain = bounds(model, region, method, around=u, refinements=3, steps=20)
+        more = bounds(model, region, method, around=u, refinements=3, steps=20, range_steps=5)
+        assert worst_gap(model, region, more, u) > -1e-9
+        assert float(more.width.sum()) < float(plain.width.sum())
+        states = (more.state_upper - more.state_lower, plain.state_upper - plain.state_lower)
+        assert float(states[0].sum()) < float(states[1].sum())
 
 
 def test_small_programs_of_monotone_models_hold():
@@ -510,7 +594,7 @@ def test_certified_is_below_attacked_is_below_clean(tmp_path):
     labels[:5] = (labels[:5] + 1) % Q  # five wrong
     for norm in ("inf", 2):
         report = certify_accuracy(
-            layer, (u, labels), 0.05, norm, attacks=("pgd", "relaxation"), batch_size=8
+            layer, (u, labels), 0.05, norm, attacks=("pgd", "relaxation"), batch_size=15
         )
         assert report.clean_accuracy == pytest.approx(25 / 30)
         assert report.certified_accuracy <= report.attacked_accuracy <= report.clean_accuracy
@@ -649,8 +733,15 @@ def test_bad_input_is_named():
         margins(f, region, torch.tensor([7, 0]), around=u)
     with pytest.raises(ValueError, match="radius"):
         certify_accuracy(f, (u, torch.zeros(2, dtype=torch.long)), -1.0)
+    labels = torch.zeros(2, dtype=torch.long)
     with pytest.raises(ValueError, match="expected one of"):
-        certify_accuracy(f, (u, torch.zeros(2, dtype=torch.long)), 0.1, attacks=("magic",))
+        certify_accuracy(f, (u, labels), 0.1, attacks=("magic",))
+    with pytest.raises(ValueError, match="Did you mean 'range_steps'"):
+        certify_accuracy(f, (u, labels), 0.1, range_step=3)
+    with pytest.raises(ValueError, match="steps: got -2"):
+        certify_accuracy(f, (u, labels), 0.1, steps=-2)
+    with pytest.raises(ValueError, match="range_steps: got 1.5"):
+        margins(f, region, labels, around=u, range_steps=1.5)
 
 
 def test_the_package_is_reached_by_one_path():

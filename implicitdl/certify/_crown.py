@@ -16,6 +16,7 @@ Reference: Zhang et al. (2018), CROWN; Wei and Kolter (2022), bounds for equilib
 (2022), CerDEQ, for an adjoint bound of this kind; Chiu and Zhang (2025), SDP-CROWN, theorem 4.1.
 """
 
+import functools
 import math
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -25,12 +26,12 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..maps import AffineMap
-from ..solvers import Picard, get_solver
+from ..solvers import get_solver
 from ._interval import Span
 from ._loops import Loop
-from ._nodes import EPS, Affine
+from ._nodes import EPS, Affine, Node
 from ._points import Context
-from ._region import INPUT, Region
+from ._region import INPUT, Region, dot
 from ._relax import Lines, lines
 
 
@@ -70,7 +71,6 @@ class Pass:
     lam: dict[int, Tensor] = field(default_factory=dict)
     w: dict[int, Tensor] = field(default_factory=dict)
     coefficient: Tensor | None = None  # of the input  # (m, K, p)
-    residual: float = 0.0
 
 
 Slopes = dict[int, Tensor]  # node -> lower slopes of its free entries  # (m, K, n)
@@ -87,6 +87,7 @@ def backward(
     steps: int | None = None,
     relaxed: "dict[int, Lines] | None" = None,
     multipliers: "dict[int, tuple[Tensor, Tensor, Tensor]] | None" = None,
+    draft: bool = False,
 ) -> Pass:
     """A lower bound of sum_k g_k'x_k + h'u + constant over the region.
 
@@ -96,15 +97,16 @@ def backward(
         constant: # (m or 1, K)
         slopes: lower slopes to use in place of CROWN's choice.
         warm: w of loops to start from.
-        steps: plain steps of a loop, in place of a solve to `tolerance`.
+        steps: plain steps of loops that contract, in place of a solve to `tolerance`.
         relaxed: the lines, where they are known.
         multipliers: (below, above, most) >= 0 of a node's lower line, of its upper line, and of its
             steepest lower one, used as they are: lam'x with lam = below + most - above.
+        draft: leave out rounding and what loops leave open: a value to steer by, and no bound.
     """
     graph, region = context.graph, context.region
     m = region.samples
     messages = {j: g.expand(m, *g.shape[1:]) for j, g in start.items()}
-    total = constant.expand(m, constant.shape[-1]).clone()
+    total = constant.expand(m, constant.shape[-1])
     size = total.abs()
     out = Pass(total)
     for k in reversed(range(len(graph.nodes))):
@@ -115,7 +117,7 @@ def backward(
         line = lines_of(relaxed, k, node, span)
         al, be = line.lower_slope[:, None], line.upper_slope[:, None]
         if slopes is not None and k in slopes:
-            al = torch.where(line.free[:, None], slopes[k], al)
+            al = slopes[k]
         given = None if multipliers is None else multipliers.get(k)
         if given is not None:
             lam = given[0] + given[2] - given[1]
@@ -123,54 +125,65 @@ def backward(
             lam = g
         else:
             before = None if warm is None else warm.get(k)
-            w = _adjoint(context, loop, g, al, be, before, steps)
-            lam = g + w @ loop.A
-        positive, negative = lam.clamp(min=0.0), lam.clamp(max=0.0)
-        p, q = line.lower_offset[:, None], line.upper_offset[:, None]
-        offset = (positive * p).sum(-1) + (negative * q).sum(-1)
-        size = size + (lam.abs() * torch.maximum(p.abs(), q.abs())).sum(-1)
-        if node.natural is not None:  # constants alone
-            w = lam.new_zeros(*lam.shape[:-1], node.row.rows)
-        else:
-            w = al * positive + be * negative
+            lam = product(_adjoint(context, loop, g, al, be, before, steps), loop.A, g)
         if given is not None:
             below, above, most = given
-            offset = (below * p).sum(-1) - (above * q).sum(-1)
-            w = (
-                w * 0
-                if node.natural is not None
-                else al * below - be * above + line.most[:, None] * most
-            )
-            size = size + ((below + above) * torch.maximum(p.abs(), q.abs())).sum(-1)
-            size = size + ((below + above + most) * span.reach[:, None]).sum(-1)
+            weight = below + above + most
+            offset = dot(below, line.lower_offset) - dot(above, line.upper_offset)
+            w = al * below - be * above + line.most[:, None] * most
+        else:
+            positive, negative = lam.clamp(min=0.0), lam.clamp(max=0.0)
+            weight = positive if draft else positive - negative
+            offset = dot(positive, line.lower_offset) + dot(negative, line.upper_offset)
+            w = positive.mul_(al).add_(negative.mul_(be))
+        if node.natural is not None:  # constants alone
+            w = lam.new_zeros(*lam.shape[:-1], node.row.rows)
         if context.ball and given is None:
             better = _ball_offset(context, k, lam, w, al, be)
             if better is not None:
                 offset = torch.maximum(offset, better)
         total = total + offset
-        reach = span.reach[:, None]
-        if loop is not None or given is not None:
-            r = lam - g if loop is None else lam - g - w @ loop.A
-            lost = torch.where(r > 0, r * span.above[:, None], r * span.below[:, None]).sum(-1)
-            total = total - lost
-            out.residual = max(out.residual, float(r.abs().amax()) if r.numel() else 0.0)
+        if (loop is not None or given is not None) and not draft:
+            r = lam - (g if loop is None else product(w, loop.A, g))
+            total = total - dot(r.clamp(min=0.0), span.above) - dot(r.clamp(max=0.0), span.below)
         out.lam[k], out.w[k] = lam, w
-        total = total + (w * node.row.bias).sum(-1)
-        # Every product that stands for M'w and A'w, g among them, is off by its rounding.
-        inside = _reach(node.row, region, spans)
-        if loop is not None:
-            inside = inside + span.reach @ loop.size.mT
-        size = size + (w.abs() * inside[:, None]).sum(-1) + 3 * (lam.abs() * reach).sum(-1)
+        total = total + w @ node.row.bias
+        if not draft:
+            size = size + dot(weight, _unit_error(node, loop, line, span, region, spans))
         if node.natural is None:
             hand_on(node.row, w, messages)
-    fan = max((n.fan for n in graph.nodes), default=1)
-    size = size * (fan + 40) * 4 * EPS
     if INPUT in messages:
-        h = messages[INPUT]
-        out.coefficient = h
-        total = total + region.lower(h)
-    out.value = total - size
+        out.coefficient = messages[INPUT]
+        total = total + region.lower(out.coefficient)
+    fan = max((n.fan for n in graph.nodes), default=1)
+    out.value = total if draft else total - size * ((fan + 40) * 4 * EPS)
     return out
+
+
+def product(w: Tensor, A: Tensor, g: Tensor) -> Tensor:
+    """g + A'w.  # (m, K, n)"""
+    return torch.addmm(g.reshape(-1, g.shape[-1]), w.reshape(-1, A.shape[0]), A).view(g.shape)
+
+
+def _unit_error(
+    node: Node, loop: Loop | None, line: Lines, span: Span, region: Region, spans: list[Span]
+) -> Tensor:
+    """The size, for |lam_i| = 1, of the terms that rounding is relative to.  # (m, n)
+
+    Every product that stands for M'w and A'w, g among them, is off by its rounding, and |w| is at
+    most |lam| times the steepest slope.
+    """
+    terms = 3 * span.reach + torch.maximum(line.lower_offset.abs(), line.upper_offset.abs())
+    if node.natural is not None:
+        return terms
+    inside = node.row.bias.abs()
+    for j, gain in node.row.gains:
+        inside = inside + gain * (region.largest if j == INPUT else spans[j].largest)
+    if loop is not None:
+        inside = inside + loop.rows * span.largest
+    slopes = (line.lower_slope, line.upper_slope, line.least, line.most)
+    steepest = functools.reduce(torch.maximum, (t.abs() for t in slopes))
+    return terms + steepest * inside
 
 
 def lines_of(relaxed: "dict[int, Lines] | None", k: int, node: Any, span: Span) -> Lines:
@@ -189,26 +202,16 @@ def hand_on(row: Affine, w: Tensor, messages: dict[int, Tensor]) -> None:
         messages[j] = messages[j] + g if j in messages else g
 
 
-def _reach(row: Affine, region: Region, spans: list[Span]) -> Tensor:
-    """|bias| + sum_j |M_j| max |x_j|.  # (m, rows)"""
-    size = row.bias.abs()
-    for j, M in row.terms:
-        size = size + M.sized(region.reach if j == INPUT else spans[j].reach)
-    return size.expand(region.samples, row.rows)
-
-
 def _adjoint(
     context: Context, loop: Loop, g: Tensor, al: Tensor, be: Tensor,
     before: Tensor | None, steps: int | None,
 ) -> Tensor:  # fmt: skip
     """w with w = sigma(g + A'w) as far as asked; any w serves."""
-    A = loop.A
-    low = min(float(al.min()), float(be.min())) if al.numel() else 0.0
-    n, contracts = A.shape[0], loop.contraction is not None
-    if contracts and steps is not None:
+    A, g = loop.A, g.contiguous()
+    if steps is not None:
         w = torch.zeros_like(g) if before is None else before
         return _plain_steps(A, g, al, be, w, steps, None)[0]
-    if contracts and g.numel():
+    if loop.contraction is not None and g.numel():
         # In float32 first: what it leaves open, a step or two in float64 take away.
         begin = torch.zeros_like(g) if before is None else before
         rough, done = _plain_steps(
@@ -222,7 +225,8 @@ def _adjoint(
             )
             if done:
                 return before
-    shape = g.shape
+    shape, n = g.shape, A.shape[0]
+    low = min(float(al.min()), float(be.min())) if al.numel() else 0.0
     rows = g.reshape(-1, n)
     sigma = TwoSlopes(
         al.expand(shape).reshape(-1, n), be.expand(shape).reshape(-1, n),
@@ -231,8 +235,12 @@ def _adjoint(
     known = loop.monotone if loop.slope == 1 and low >= 0 else None
     f = AffineMap(A.mT, rows, sigma, None, known)
     start = None if before is None else before.reshape(-1, n).contiguous()
-    chosen = get_solver(context.solver) if steps is None else Picard(max_steps=max(steps, 1))
-    return chosen.solve(f, start).value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0).reshape(shape)
+    return (
+        get_solver(context.solver)
+        .solve(f, start)
+        .value.nan_to_num(nan=0.0, posinf=0.0, neginf=0.0)
+        .reshape(shape)
+    )
 
 
 def _plain_steps(
@@ -240,9 +248,11 @@ def _plain_steps(
 ) -> tuple[Tensor, bool]:
     """w <- sigma(g + A'w), and whether the last change was below the tolerance."""
     scale = None if tolerance is None else tolerance * float(g.abs().amax()) + 1e-300
+    lean = al - be  # sigma(lam) = be lam + (al - be) lam+, in two passes
     for k in range(most):
-        lam = torch.matmul(w, A).add_(g)
-        new = torch.where(lam > 0, al, be).mul_(lam)
+        lam = product(w, A, g)
+        positive = lam.clamp(min=0.0)
+        new = lam.mul_(be).addcmul_(positive, lean)
         if scale is not None and k % 3 == 2 and bool((new - w).abs_().amax() <= scale):
             return new, True
         w = new

@@ -23,7 +23,7 @@ from ._loops import Loop
 from ._matrices import graph_of_matrices
 from ._nodes import Affine, Graph, Linear, Node, finite
 
-KEPT = 1 << 23  # numbers in the weights of a model whose nodes are kept
+KEPT = 1 << 22  # numbers in the weights of a model whose nodes are kept
 
 
 def as_model(model: Any) -> ImplicitModel:

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ..activations import Activation
-from ..implicit import Equation
+from ..activations import Activation, Blocks
+from ..implicit import Equation, get_adjoint
 from ..solvers import FixedPointSolver, get_solver
 from ._loops import Loop
 from ._nodes import EPS, Node
@@ -171,8 +171,6 @@ def doubled_equilibrium(
     A: Tensor, low: Tensor, high: Tensor, equation: Equation, solver: "str | FixedPointSolver"
 ) -> Tensor:
     """(l, h) of the interval map, differentiable in A, low and high.  # (m, 2 n)"""
-    from ..implicit import get_adjoint
-
     positive, negative = A.clamp(min=0.0), A.clamp(max=0.0)
     double = torch.cat([torch.cat([positive, negative], 1), torch.cat([negative, positive], 1)])
     phi: Activation = _twice(equation.phi, A.shape[0])
@@ -182,8 +180,6 @@ def doubled_equilibrium(
 
 
 def _twice(phi: Activation, n: int) -> Activation:
-    from ..activations import Blocks
-
     return phi if phi.size is None else Blocks(parts=phi.blocks(n) * 2)
 
 

@@ -49,6 +49,11 @@ class Loop:
         return self.A.abs()
 
     @functools.cached_property
+    def rows(self) -> Tensor:
+        """sum_j |a_ij|.  # (n,)"""
+        return self.size.sum(1)
+
+    @functools.cached_property
     def comparison(self) -> Tensor:
         """K.  # (n, n)"""
         n, L = self.A.shape[0], self.slope
@@ -63,7 +68,7 @@ class Loop:
         if self.node.entrywise:
             return K - self.size
         # Coupled states: only the largest row counts, |e|_inf (1/L - ||A||_inf) <= ...
-        return K - eye * self.size.sum(1).max()
+        return K - eye * self.rows.max()
 
     @functools.cached_property
     def weights(self) -> Tensor | None:
@@ -148,7 +153,7 @@ class Loop:
         phi = Blocks(parts=node.parts) if node.natural is None else node.natural[0]
         if node.natural is None and len(node.parts) == 1:
             phi = node.parts[0][0]
-        row = float(self.size.sum(1).max()) * phi.infinity_lipschitz
+        row = float(self.rows.max()) * phi.infinity_lipschitz
         contraction = row if row < 1 else None
         known = contraction is None and self.slope == 1 and self.monotone is not None
         return Equation(phi, contraction, self.monotone if known else None)

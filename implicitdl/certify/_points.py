@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..operators import rebuilt
 from ..solvers import FixedPointSolver
 from ._loops import Loop
 from ._nodes import EPS, Graph
@@ -61,6 +62,20 @@ class Context:
         """Whether offsets over 2-norm balls are tried."""
         return self.norms and self.region.round
 
+    @functools.cached_property
+    def sketch(self) -> "Context | None":
+        """The same in float32, to find slopes by; None where a loop does not contract."""
+        if any(loop is not None and loop.contraction is None for loop in self.loops):
+            return None
+        graph = single(self.graph)
+        loops = tuple(None if node.A is None else Loop(node) for node in graph.nodes)
+        r = self.region
+        region = Region(
+            r.center.float(), r.radius.float(), r.set.to(graph.example), r.middle.float(), r.pad,
+            r.samples,
+        )  # fmt: skip
+        return Context(graph, loops, region, self.solver, tolerance=self.tolerance)
+
     @property
     def residual(self) -> Tensor:
         """The largest error of a solve at the centre.  # (m,)"""
@@ -81,6 +96,13 @@ class Context:
     def rougher(self, tolerance: float) -> "Context":
         """The same with adjoint equations solved less sharply."""
         return replace(self, known=self.points, tolerance=max(self.tolerance, tolerance))
+
+
+def single(thing: Any) -> Any:
+    """The same in float32."""
+    if isinstance(thing, list):
+        return [single(part) for part in thing]
+    return rebuilt(thing, lambda t: t.float() if t.is_floating_point() else t)
 
 
 def _nominal(context: Context) -> list[Point]:

@@ -10,6 +10,7 @@ al. (2020), for the SDP and for bounds from its approximate dual.
 
 import contextlib
 import math
+import warnings
 from dataclasses import replace
 from typing import Any
 
@@ -26,7 +27,8 @@ from ._region import INPUT
 from ._relax import Lines
 
 LP_STATES = 4000
-SDP_SIZE = 200
+SDP_SIZE = 120  # states and inputs: at 70, 20 s a row
+SDP_EXACT = 40  # up to which an interior-point method is the faster one
 
 
 def lp_lower(context: Context, spans: list[Span], query: Query) -> tuple[Tensor, Tensor]:
@@ -103,8 +105,7 @@ def lp_lower(context: Context, spans: list[Span], query: Query) -> tuple[Tensor,
         for row in range(K):
             for j, t in asked.start.items():
                 g[j].value = t[0, row].cpu().numpy()
-            with contextlib.suppress(cp.SolverError):  # its multipliers are None then
-                problem.solve(solver=cp.CLARABEL)
+            _solve(problem, solver=cp.CLARABEL)
             single = {j: t[:, row : row + 1] for j, t in asked.start.items()}
             constant = asked.constant[:, row : row + 1]
             options: dict[str, Any] = {"relaxed": dict(mine)}
@@ -112,10 +113,7 @@ def lp_lower(context: Context, spans: list[Span], query: Query) -> tuple[Tensor,
             if all(c.dual_value is not None for group in pairs.values() for c in group):
                 multipliers = {}
                 for k, group in pairs.items():
-                    low, high, top = (
-                        torch.as_tensor(c.dual_value).to(mine[k].most).clamp(min=0.0)[None, None]
-                        for c in group
-                    )
+                    low, high, top = (_multipliers(c.dual_value, mine[k].most) for c in group)
                     # Where there is one lower line, both constraints are it.
                     open_ = mine[k].free[:, None]
                     multipliers[k] = (
@@ -131,6 +129,21 @@ def lp_lower(context: Context, spans: list[Span], query: Query) -> tuple[Tensor,
         values.append(torch.cat(found, 1))
         inputs.append(torch.stack(where)[None])
     return torch.cat(values), torch.cat(inputs)
+
+
+def _multipliers(value: Any, like: Tensor) -> Tensor:
+    """As a tensor, none negative.  # (1, 1, n)"""
+    found = torch.as_tensor(value).to(like).clamp(min=0.0)
+    return found.nan_to_num(nan=0.0, posinf=0.0)[None, None]
+
+
+def _solve(problem: Any, **options: Any) -> None:
+    """Solved as well as it goes: whatever multipliers there are, they give a bound."""
+    import cvxpy as cp
+
+    with contextlib.suppress(cp.SolverError), warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "solution may be inaccurate"
+        problem.solve(**options)
 
 
 def sdp_lower(context: Context, spans: list[Span], query: Query) -> Tensor:
@@ -218,6 +231,7 @@ def _sdp_one(
     rise = np.where((low < 0) & (high > 0), -slope * low, 0.0)
     chord = slope[:, None] * S + rise[:, None] * one  # x <= chord, as a row
     names = ("a", "c", "t", "q", "k")
+    size = float(torch.linalg.vector_norm(torch.cat([g * box[3], h * region.radius[0]]))) + 1e-12
     mu = {name: cp.Variable(n, nonneg=True) for name in names}
     e = cp.Variable(n)
     f = cp.Variable(1 if ball else p, nonneg=True)
@@ -250,25 +264,32 @@ def _sdp_one(
             first = np.outer(linear, one)
         return quad + (first + first.T) / 2 + constant * np.outer(one, one)
 
-    M = assemble(mu, e, f, cp)
+    # In units in which inputs, states and what is minimised have size 1, and multipliers with them.
+    unit = np.concatenate([[1.0], np.maximum(radius, 1e-9), np.maximum(above, 1e-9)])
+    M = cp.multiply(assemble(mu, e, f, cp), np.outer(unit, unit) / size)
     problem = cp.Problem(cp.Maximize(gamma), [M - gamma * np.outer(one, one) >> 0])
-    small = 1 + p + n <= 48
-    try:
-        if small:
-            problem.solve(solver=cp.CLARABEL)
-        else:
-            problem.solve(solver=cp.SCS, eps=1e-5, max_iters=4000)
-    except cp.SolverError:
-        return torch.as_tensor(-math.inf).to(A)
-    if e.value is None:
+    if 1 + p + n <= SDP_EXACT:
+        _solve(problem, solver=cp.CLARABEL)
+    else:
+        _solve(problem, solver=cp.SCS, eps=1e-4, max_iters=20000)
+    found = [e.value, f.value, *(v.value for v in mu.values())]
+    if any(v is None or not np.isfinite(v).all() for v in found):
         return torch.as_tensor(-math.inf).to(A)
     got = {name: v.value.clip(min=0.0) for name, v in mu.items()}
-    M = torch.as_tensor(assemble(got, e.value, f.value.clip(min=0.0), np)).to(A)
+    quadratic = f.value.clip(min=0.0)
+    M = torch.as_tensor(assemble(got, e.value, quadratic, np)).to(A)
     M = (M + M.mT) / 2
+    # The sizes of what was added up, which may be far more than the sum.
+    reach = np.abs(c_) + np.abs(b_) @ radius + np.abs(a_) @ above
+    reach = 1 + reach + above + np.abs(low) + np.abs(high)
+    steep = np.abs(e.value) + got["q"] + got["k"]
+    terms = (steep * reach**2).sum() + ((got["a"] + got["c"] + got["t"]) * reach).sum()
+    terms += (quadratic * (radius**2 if not ball else float(region.euclidean[0]) ** 2)).sum()
+    rounding = 16 * (1 + p + n) * EPS * terms
     r = region.radius[0]
     least = torch.cat([-r, box[2].clamp(min=0.0)])
     most = torch.maximum(torch.cat([r, box[3]]), least)
-    return _quadratic_lower(M, least, most) + h @ region.center[0]
+    return _quadratic_lower(M, least, most) - float(rounding) + h @ region.center[0]
 
 
 def _quadratic_lower(M: Tensor, low: Tensor, high: Tensor) -> Tensor:

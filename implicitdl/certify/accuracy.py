@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..solution import unknown_name
-from ._bounds import MARGIN, METHODS
+from ._bounds import MARGIN, METHODS, OPTIONS, READS, options_of, stages
 from ._graph import as_model
 from ._margins import ball, check_labels, margins, pair_rows
 from ._run import State, fingerprint, share_of_work, shown
@@ -108,7 +108,8 @@ def certify_accuracy(
         path: a safetensors file that is written after each batch and read at the start, so that a
             run that was cut off goes on. Each process has a file of its own.
         seed: of the attacks.
-        options: of `bounds`: `refinements`, `steps`, `solver`.
+        options: of `bounds`: `refinements`, `steps`, `range_steps`, `sizes`, `seconds`, `solver`;
+            each method gets those that it reads.
 
     Returns:
         `Report`.
@@ -122,6 +123,11 @@ def certify_accuracy(
     for name in methods:
         if name not in METHODS:
             raise unknown_name("method", name, METHODS)
+    for name in options:
+        if name not in OPTIONS:
+            raise unknown_name("option", name, OPTIONS)
+    for name, chosen in _stages(methods, options):
+        options_of(name, **chosen)
     for name in attacks:
         if name not in ATTACKS:
             raise unknown_name("attacks", name, ATTACKS)
@@ -136,7 +142,10 @@ def certify_accuracy(
     check_labels(labels, q)
     rank, world = share_of_work()
     state = State(len(u), q, u.device)
-    mark = fingerprint(model, u, labels, radius, norm, methods, attacks, clip, options, q)
+    mark = fingerprint(
+        model, u, labels, radius, norm, methods, attacks, k, restarts, pgd_steps, clip, seed,
+        options, q,
+    )  # fmt: skip
     file = None if path is None else f"{os.fspath(path)}" + (f".{rank}" if world > 1 else "")
     if file is not None:
         state.read(file, mark)
@@ -211,17 +220,18 @@ def _batch(
 
 
 def _stages(methods: tuple[str, ...], options: dict[str, Any]) -> list[tuple[str, dict[str, Any]]]:
-    """The methods with their options; lines in steps of growing cost, each for what is left."""
-    stages: list[tuple[str, dict[str, Any]]] = []
-    shared = {name: value for name, value in options.items() if name == "solver"}
+    """The methods with the options that they read; lines in steps of growing cost, each for what is
+    left."""
+    found: list[tuple[str, dict[str, Any]]] = []
     for name in methods:
-        if name == "crown":
-            most, steps = options.get("refinements", 1), options.get("steps", 0)
-            for some, few in sorted({(0, 0), (min(most, 1), 0), (most, 0), (most, steps)}):
-                stages.append((name, shared | {"refinements": some, "steps": few}))
-        else:
-            stages.append((name, options if name in ("best", "lp", "sdp") else shared))
-    return stages
+        own = {key: value for key, value in options.items() if key in (*READS[name], "solver")}
+        if name != "crown":
+            found.append((name, own))
+            continue
+        keys = ("refinements", "steps", "range_steps")
+        counts = (own.get("refinements", 1), own.get("steps", 0), own.get("range_steps", 0))
+        found += [(name, own | dict(zip(keys, stage, strict=True))) for stage in stages(*counts)]
+    return found
 
 
 def robust_radius(
@@ -242,7 +252,8 @@ def robust_radius(
     """A bracket of the largest radius up to which the answer is right.
 
     Args:
-        model, norm, method, clip, options: as in `certify_accuracy`.
+        model, norm, clip: as in `certify_accuracy`.
+        method, options: as in `bounds`.
         u: inputs.  # (m, p)
         labels: # (m,)
         most: the largest radius that is looked at.
