@@ -910,7 +910,11 @@ def test_negative_steps_of_a_prox_are_refused_as_tensors_too():
             Tanh().prox(torch.zeros(2), t)
 
 
-@pytest.mark.parametrize("phi", [ReLU(), Tanh(), *BLOCKS[:2]], ids=repr)  # by formula, by search
+@pytest.mark.parametrize(  # by formula, by search; compiling the blocks takes long
+    "phi",
+    [ReLU(), Tanh(), *(pytest.param(b, marks=pytest.mark.slow) for b in BLOCKS[:2])],
+    ids=repr,
+)
 def test_tensor_steps_of_a_prox_under_transforms_and_in_a_compiled_graph(phi):
     v, t = samples(phi, batch=3), torch.rand(3, 1, dtype=torch.float64) + 0.5
     expected = phi.prox(v, t)

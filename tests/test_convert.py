@@ -1814,7 +1814,7 @@ def test_transforms(make, shape):
     close(tangent, torch.autograd.functional.jvp(model, u, u.flip(0))[1], 1e-9)
 
 
-@pytest.mark.parametrize("backend", ["eager", "aot_eager"])
+@pytest.mark.parametrize("backend", ["eager", pytest.param("aot_eager", marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make, shape", [
     (conv_net, (1, 4, 4)), (lambda: RNNLoop(None), (4, 3)), (lambda: UNet("bilinear"), (2, 8, 8)),
 ])  # fmt: skip
