@@ -120,6 +120,22 @@ def test_known_values():
             "no samples",
         ),
         (lambda: dro.GroupDRO(torch.tensor([3]), eta=-1.0), "eta: got -1"),
+        (lambda: dro.GroupDRO.of_groups(torch.tensor([0, 2])), r"no samples \(group 1\)"),
+        (lambda: dro.GroupDRO(torch.tensor([3.0, math.nan])), r"sizes: got nan at index \(1,\)"),
+        (
+            lambda: dro.group_means(torch.ones(2), torch.zeros(2).long(), 0),
+            "number_of_groups: got 0",
+        ),
+        (lambda: dro.CVaR(0.5).upper(torch.ones(2), torch.tensor(math.nan)), "dual: got nan"),
+        (lambda: dro.CVaR(0.5).lower(torch.ones(2), torch.ones(2)), "sum to 2, expected 1"),
+        (lambda: dro.KL(0.1).bracket(torch.ones(2), weights=torch.ones(2)), "sum to 2, expected 1"),
+        (lambda: dro.maximin(torch.ones(2), weights=torch.ones(2), certified=True), "sum to 2"),
+        (
+            lambda: dro.maximin(
+                torch.ones(2), weights=torch.tensor([math.nan, 1.0]), certified=True
+            ),
+            r"weights: got nan at index \(0,\)",
+        ),
         (lambda: dro.GroupDRO(torch.tensor([3]))(torch.ones(1), torch.tensor([4])), "got 4"),
     ],
 )

@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from implicitdl import dro
-from implicitdl.dro import _fits
+from implicitdl.dro import _corners, _fits
 from implicitdl.dro._fits import fit, risk
 from implicitdl.dro._losses import Ball, linear_loss
 from implicitdl.solution import ConvergenceError
@@ -69,7 +69,7 @@ def test_least_risk_is_that_of_a_convex_solver(loss, p, k):
 
 @pytest.mark.parametrize("p", [2.0, INF])
 @pytest.mark.parametrize("loss", ("hinge", "absolute"))
-def test_working_sets_and_multipliers_end_where_the_whole_problem_does(loss, p, monkeypatch):
+def test_working_sets_and_active_sets_end_where_the_whole_problem_does(loss, p, monkeypatch):
     X, y = problem(loss, n=4000, d=5)
     ball = Ball(0.05, p, INF)
     quick = fit(X, y, linear_loss(loss), ball, True)
@@ -78,6 +78,48 @@ def test_working_sets_and_multipliers_end_where_the_whole_problem_does(loss, p, 
     assert quick.risk == pytest.approx(whole.risk, rel=2e-8)
     assert quick.method != whole.method
     assert quick.gap <= 1e-7 * (1 + quick.risk)
+
+
+@pytest.mark.parametrize("intercept", [True, False])
+@pytest.mark.parametrize("loss", ("hinge", "absolute"))
+def test_active_sets_are_exact(loss, intercept, monkeypatch):
+    """The gap is rounding, all samples at once or first a tenth, which then are put right."""
+    X, y = problem(loss, n=3000, d=8, seed=3)
+    ball = Ball(0.03, 2.0, INF)
+    found = fit(X, y, linear_loss(loss), ball, intercept)
+    assert found.method == "active set" and found.gap <= 1e-10 * found.risk
+    again, _ = risk(X, y, linear_loss(loss), ball, found.theta, found.b)
+    assert found.risk == pytest.approx(again, rel=1e-13)
+    for size in (2000, 250):  # 250: the fit to a tenth is itself begun with a tenth
+        monkeypatch.setattr(_corners, "_AT_ONCE", size)
+        other = fit(X, y, linear_loss(loss), ball, intercept)
+        assert other.method == "active set" and other.steps != found.steps
+        assert other.risk == pytest.approx(found.risk, rel=1e-9)
+        np.testing.assert_allclose(other.theta, found.theta, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize(
+    "kind", ["copies", "whole numbers", "scales", "means", "collinear", "wide"]
+)
+@pytest.mark.parametrize("loss", ("hinge", "absolute"))
+def test_active_sets_of_awkward_data(loss, kind):
+    """Ties at corners, and matrices that single precision cannot hold: the same minimum."""
+    X, y = problem(loss, n=40 if kind == "wide" else 300, d=60 if kind == "wide" else 4)
+    if kind == "copies":
+        X, y = np.repeat(X[:60], 5, 0), np.repeat(y[:60], 5)
+    elif kind == "whole numbers":
+        X, y = np.round(X), np.round(y)
+    elif kind == "scales":
+        X = X * np.array([1e-4, 1.0, 1e4, 1.0])
+    elif kind == "means":
+        X = X + 1e5
+    elif kind == "collinear":
+        X[:, 1] = X[:, 0] + 1e-9 * X[:, 2]
+    ball = Ball(0.05, 2.0, INF)
+    found = fit(X, y, linear_loss(loss), ball, True)
+    whole = _fits._pieces(X, y, linear_loss(loss), ball, True)
+    assert found.risk == pytest.approx(whole.risk, rel=1e-7)
+    assert 0 <= found.gap <= 1e-6 * (1 + found.risk)
 
 
 @pytest.mark.parametrize("loss", CLASSES + NUMBERS)
@@ -97,8 +139,16 @@ def test_no_intercept_and_radius_zero(loss):
 def test_everything_is_constant_under_a_large_radius():
     for loss in CLASSES + NUMBERS:
         X, y = problem(loss)
-        found = fit(X, y, linear_loss(loss), Ball(100.0, 2.0, INF), True)
-        assert np.abs(found.theta).max() < 1e-5
+        for intercept in (True, False):
+            found = fit(X, y, linear_loss(loss), Ball(100.0, 2.0, INF), intercept)
+            assert np.abs(found.theta).max() < 1e-5
+            if loss in ("hinge", "absolute"):
+                assert found.steps == 0 and found.gap == 0
+                b = cp.Variable()
+                r = cp.pos(1 - cp.multiply(y, b)) if loss == "hinge" else cp.abs(y - b)
+                best = cp.Problem(cp.Minimize(cp.sum(r) / len(y))).solve(solver="CLARABEL")
+                none = linear_loss(loss).value(np.zeros(len(y)), y).mean()
+                assert found.risk == pytest.approx(best if intercept else none, rel=1e-6)
 
 
 @pytest.mark.parametrize("p", [1, 2, "inf"])
@@ -272,6 +322,13 @@ def test_bad_data():
         dro.WassersteinRegressor("huber", delta=0.0).fit(X, y)
     with pytest.raises(ValueError, match="radius: got -1"):
         dro.WassersteinClassifier().fit(X, y).worst_distribution(-1.0)
+    model = dro.WassersteinRegressor().fit(X, y)
     X[2, 1] = math.nan
-    with pytest.raises(ValueError, match="NaN"):
-        dro.WassersteinClassifier().fit(X, y)
+    for kind in (dro.WassersteinClassifier, dro.WassersteinRegressor, dro.MomentClassifier):
+        with pytest.raises(ValueError, match=r"X: got NaN at index \(2, 1\)"):
+            kind().fit(X, y)
+    with pytest.raises(ValueError, match=r"X: got NaN at index \(2, 1\)"):
+        model.predict(X)
+    X[2, 1], y[3] = 0.0, -math.inf
+    with pytest.raises(ValueError, match=r"y: got -inf at index \(3,\)"):
+        dro.MomentRegressor().fit(X, y)

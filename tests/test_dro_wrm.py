@@ -9,6 +9,8 @@ from torch import nn
 import implicitdl
 from implicitdl import dro
 from implicitdl.activations import ELU, SiLU, Softplus, Tanh
+from implicitdl.dro import wrm
+from implicitdl.dro._sector import Sector
 from implicitdl.dro.smoothness import smoothness
 from implicitdl.dro.wrm import _LOSSES
 
@@ -73,6 +75,51 @@ def test_the_gradient_changes_no_faster_than_L(name):
                 seen = max(seen, float((change.norm(dim=1) / v.norm(dim=1)).max()))
                 v = torch.nn.functional.normalize(change, dim=1) * size
         assert 0 < seen <= found.L_zz
+
+
+@pytest.mark.parametrize("slopes", [(0.0, 1.0), (-0.1, 1.1), (0.2, 0.9)])
+def test_gains_of_sectors_hold_at_all_corners_and_are_near_them(slopes):
+    """Every diagonal of extreme slopes, and some between: no gain above the bound."""
+    n, m = 7, 3
+    A = torch.randn(n, n)
+    A = A - (torch.linalg.eigvalsh(0.5 * (A + A.mT))[-1] - 0.4) * torch.eye(n)  # monotone
+    if slopes[0] < 0:
+        A = 0.8 * A / torch.linalg.matrix_norm(A, 2)
+    low, top = (torch.full((n,), x) for x in slopes)
+    B, F, G = torch.randn(n, m), torch.randn(4, n), torch.randn(4, m)
+    sector = Sector(A, B, low, top, torch.zeros(n, dtype=torch.long))
+    bound, lam = sector.gain(F, G)
+    single = sector.rows(F, G, lam)
+    corners = torch.cartesian_prod(*[torch.tensor([0.0, 1.0])] * n)
+    D = low + (top - low) * torch.cat([corners, torch.rand(200, n)])
+    s = torch.linalg.solve(torch.eye(n) - A * D[:, None, :], B)
+    out = F @ (D[:, :, None] * s) + G
+    seen = float(torch.linalg.matrix_norm(out, 2).max())
+    assert seen <= bound <= 1.6 * seen
+    rows = torch.linalg.vector_norm(out, dim=2).amax(0)
+    assert bool((rows <= single).all()) and bool((single <= bound * (1 + 1e-6)).all())
+
+
+def test_sectors_prove_nothing_of_a_loop_that_may_fail():
+    A = torch.tensor([[0.0, 1.2], [1.2, 0.0]])  # I - A is singular for slopes of 1 / 1.2
+    sector = Sector(A, torch.eye(2), torch.zeros(2), torch.ones(2), torch.zeros(2).long())
+    assert sector.gain(A, torch.eye(2))[0] == math.inf
+
+
+@pytest.mark.parametrize("name", ["chain", "implicit", "monotone", "mixed"])
+def test_hessians_are_below_the_bound_which_is_far_below_norms(name):
+    net = networks()[name]
+    found = smoothness(net, torch.randn(1, P), CE)
+    seen = 0.0
+    for _ in range(12):
+        u, t = 2 * torch.randn(P), torch.randint(0, Q, (1,))
+        H = torch.autograd.functional.hessian(lambda z, t=t: CE.function(net(z[None]), t)[0], u)
+        seen = max(seen, float(torch.linalg.matrix_norm(H, 2)))
+    assert seen <= found.L_zz
+    by_norms = math.fsum(found.levels)
+    assert (
+        found.L_zz < {"chain": 1.0, "implicit": 0.5, "monotone": 0.1, "mixed": 0.5}[name] * by_norms
+    )
 
 
 def test_the_bound_is_tight_where_it_can_be():
@@ -149,6 +196,21 @@ def test_gradient_is_that_of_the_surrogate():
             with torch.no_grad():
                 weight[i, j] -= h
         assert float(weight.grad[i, j]) == pytest.approx((values[0] - values[1]) / 2e-5, rel=1e-5)
+
+
+def test_an_attack_is_found_faster_from_a_good_gamma(monkeypatch):
+    u, y = batch()
+    training = dro.WassersteinTraining(networks()["chain"], gamma=30.0)
+    calls = []
+    plain = wrm.ascend
+    monkeypatch.setattr(wrm, "ascend", lambda *args: calls.append(args[4]) or plain(*args))
+    cold = training.attack((u, y), 0.3)
+    count, gamma = len(calls), calls[-1]
+    calls.clear()
+    warm = training.attack((u, y), 0.3, gamma=1.05 * gamma)
+    assert calls[0] == 1.05 * gamma and len(calls) <= count // 2 + 1
+    assert float(warm.losses.mean()) == pytest.approx(float(cold.losses.mean()), rel=1e-3)
+    assert float(warm.costs.mean()) <= 0.3**2 * (1 + 1e-9)
 
 
 def test_features_that_are_fixed_or_dear():
@@ -256,8 +318,11 @@ def test_gamma_too_small():
     u, y = batch()
     training = dro.WassersteinTraining(networks()["chain"], gamma=1e-3)
     L = training.smoothness(u).L_zz
-    with pytest.raises(ValueError, match=f"smallest that works is {L / 2:.6g}"):
+    with pytest.raises(ValueError, match="not proved concave") as caught:
         training.certificate((u, y))
+    least = float(str(caught.value).split("the smallest that works is ")[1].split(" ")[0][:-1])
+    assert least == pytest.approx(L / 2, rel=2e-5)  # as printed, it works
+    assert training.certificate((u, y), gamma=least).is_certificate
     guess = training.certificate((u, y), on_failure="return")
     assert not guess.is_certificate and math.isinf(guess.inner_error)
     assert training.certificate((u, y), gamma=0.501 * L).is_certificate
@@ -275,6 +340,9 @@ def test_gamma_too_small():
         ({"gamma": 1.0, "loss": "cross_entropie"}, "Did you mean 'cross_entropy'"),
         ({"gamma": math.nan}, "gamma: got nan"),
         ({"gamma": 1.0, "steps": 0}, "steps: got 0"),
+        ({"gamma": -1.0}, "gamma: got -1"),
+        ({"radius": math.nan}, "radius: got nan"),
+        ({"gamma": 1.0, "cost": torch.tensor([1.0, math.nan])}, r"cost: got nan at index \(1,\)"),
     ],
 )
 def test_bad_options(options, match):
@@ -291,8 +359,25 @@ def test_bad_data():
         training(u, y[:3])
     with pytest.raises(ValueError, match="no batches"):
         training.certificate([])
+    model = training.model
+    training.model = None  # what follows is refused before the model is asked anything
     with pytest.raises(ValueError, match="radius: got -1"):
         training.certificate((u, y), radius=-1.0)
+    with pytest.raises(ValueError, match="gamma: got nan"):
+        training.certificate((u, y), gamma=math.nan)
+    with pytest.raises(ValueError, match="steps: got 0"):
+        training.certificate((u, y), steps=0)
+    with pytest.raises(ValueError, match="tol: got -1"):
+        training.certificate((u, y), tol=-1)
+    with pytest.raises(ValueError, match="radius: got 0"):
+        training.attack((u, y), 0.0)
+    with pytest.raises(ValueError, match="gamma: got 0"):
+        training.attack((u, y), 0.1, gamma=0.0)
+    with pytest.raises(ValueError, match="got 2 batches"):
+        training.attack([(u, y), (u, y)], 0.1)
+    with pytest.raises(ValueError, match=r"labels: got nan at index \(1,\)"):
+        training(u, torch.tensor([0.0, math.nan, 1.0, 1.0]))
+    training.model = model
     u[1, 2] = math.nan
     with pytest.raises(ValueError, match=r"nan at index \(1, 2\)"):
         training(u, y)

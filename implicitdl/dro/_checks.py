@@ -3,6 +3,7 @@
 import math
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -15,6 +16,38 @@ def finite(name: str, value: Tensor) -> None:
         raise ValueError(
             f"{name}: got {float(value.detach()[at])} at index {at}, expected finite numbers."
         )
+
+
+def finite_array(name: str, value: Any) -> None:
+    """As `finite`, of an array; what holds no floating numbers is let through."""
+    array = np.asarray(value)
+    if array.dtype.kind == "f" and not np.isfinite(array).all():
+        at = tuple(int(k) for k in np.argwhere(~np.isfinite(array))[0])
+        got = "NaN" if np.isnan(array[at]) else str(array[at])
+        raise ValueError(f"{name}: got {got} at index {at}, expected finite numbers.")
+
+
+def samples_of(estimator: Any, X: Any, y: Any, **options: Any) -> Any:
+    """X and y of a scikit-learn estimator's `fit`: finite, X floating."""
+    from sklearn.utils.validation import validate_data
+
+    finite_array("y", y)
+    X, y = validate_data(
+        estimator, X, y, dtype=[np.float64, np.float32], ensure_all_finite=False, **options
+    )
+    finite_array("X", X)
+    return X, y
+
+
+def features_of(estimator: Any, X: Any) -> Any:
+    """X of its `predict`."""
+    from sklearn.utils.validation import validate_data
+
+    X = validate_data(
+        estimator, X, reset=False, dtype=[np.float64, np.float32], ensure_all_finite=False
+    )
+    finite_array("X", X)
+    return X
 
 
 def losses_of(losses: Tensor, name: str = "losses") -> Tensor:

@@ -1,28 +1,22 @@
-"""Hinge and absolute losses with a 2-norm: the method of multipliers, Newton inside.
+"""Hinge and absolute losses with a 2-norm, to the last digit: a central path, then the active set.
 
-    mean_i max over a in [lo, hi] of a v_i + r ||theta||_2,      v = c + s (X theta + b)
+    minimise  mean_i max over a in [lo, hi] of a v_i  +  r ||theta||_2,      v = c + s (X theta + b)
 
-(hinge: v = 1 - y u, a in [0, 1]; absolute: v = y - u, a in [-1, 1]). With multipliers a, width mu and
-
-    e(v) = max over a' in [lo, hi] of a' v - mu (a' - a)^2 / 2,     a' = clip(a + v / mu),
-
-minimise mean e(v_i) + r ||theta||, then a <- a'. A Newton step costs products with X and the Gram
-matrix of those rows alone whose a' is not clipped, and these become few: at the solution, as many as
-there are corners. Where the inner minimum is exact, a' is feasible in the dual, whose value is
-mean a'_i c_i, so that each round proves how far it is from the end.
-
-Reference:
-    Rockafellar (1976), "Augmented Lagrangians and applications of the proximal point algorithm";
-    Li, Sun, Toh (2018), "A highly efficient semismooth Newton augmented Lagrangian method for solving
-    Lasso problems".
+(hinge: v = 1 - y u, a in [0, 1]; absolute: v = y - u, a in [-1, 1]). `_central` solves it; of very many
+samples a fit to a tenth tells which are far from their corner, so that few are left. The duality gap
+of what is found, zero but for rounding, is computed from all samples and proves the value.
 """
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
+from ._central import ROUGH, Sum, path
+
 Array = np.ndarray
+_AT_ONCE = 20_000  # samples, above which a fit to some of them comes first
+_TOL = 1e-9  # relative gap of a fit
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,128 +31,174 @@ class Corner:
 
 
 def solve(
-    X: Array, c: Array, s: Array, low: float, high: float, price: float, intercept: bool,
-    start: "Array | None" = None, tol: float = 1e-8,
-) -> "Corner | None":  # fmt: skip
-    """The minimiser, or None where theta = 0 may be it or the method does not get there.
+    X: Array, c: Array, s: Array, low: float, high: float, price: float, intercept: bool
+) -> "Corner | None":
+    """The minimiser, or None where the method does not get there, as where theta is nearly 0.
 
     Args:
         X: # (n, d)
         c, s: of v.  # (n,)
-        low, high: the range of the multipliers.
+        low, high: the range of the multipliers, 0 in it.
         price: r > 0.
         intercept: whether there is a b.
-        start: theta and b.  # (d + 1,)
-        tol: of the gap, relative.
     """
     n, d = X.shape
-    w = np.zeros(d + 1)
-    if start is not None:
-        w[:] = start
-    u = X @ w[:d] + w[d]
-    v = c + s * u
-    spread = float(np.abs(v).mean()) + 1e-12
-    mu = 0.5 * spread if start is None else 0.1 * spread
-    a = np.clip(0.5 * (low + high) + v / mu, low, high)
-    if start is None:
-        a = np.full(n, 0.5 * (low + high))
-        g = X.T @ (s * np.clip(a + v / mu, low, high)) / n
-        if np.linalg.norm(g) <= price:
+    centre = np.full(n, 1.0 / n) @ X if intercept else np.zeros(d)
+    data = _Data(X, c, s, centre, low, high, price, intercept)
+    constant = _constant(data)
+    if constant is not None:
+        return constant
+    with np.errstate(all="ignore"):
+        found = path(data.task(None, n), None, _TOL) if n <= _AT_ONCE else _many(data)
+        if found is None:
             return None
-        scale = float(np.mean(np.einsum("ij,ij->i", X[:1000], X[:1000])))
-        w[:d] = -g * mu / max(scale, 1e-300)
-        u = X @ w[:d] + w[d]
-    free = d + 1 if intercept else d
-    steps, best, inner = 0, math.inf, 1e-4
-    for _round in range(60):
-        for _ in range(50):
-            v = c + s * u
-            trial = a + v / mu
-            new = np.clip(trial, low, high)
-            length = float(np.linalg.norm(w[:d]))
-            if length <= 1e-12 * spread:
+        w, a, steps = found
+        value, gap = data.proof(w, a)
+    b = float(w[d] - centre @ w[:d]) if intercept else 0.0
+    return Corner(w[:d], b, value, gap, steps)
+
+
+@dataclass(frozen=True, eq=False)
+class _Data:
+    """The arguments of `solve`, with features less `centre`, which is not subtracted from all of X."""
+
+    X: Array
+    c: Array
+    s: Array
+    centre: Array
+    low: float
+    high: float
+    price: float
+    intercept: bool
+
+    def task(self, rows: "Array | None", total: int, ends: "Array | None" = None) -> Sum:
+        """The sum over some rows; the multipliers of all others are at an end, or they do not count."""
+        outside, level = np.zeros(self.X.shape[1] + self.intercept), 0.0
+        if ends is not None:
+            fixed = ends.copy()
+            fixed[rows] = 0.0
+            outside, level = self.pull(fixed) / total, float(fixed @ self.c) / total
+        if rows is None:
+            X, s, c = self.X, self.s, self.c
+        else:
+            X, s, c = self.X.take(rows, axis=0), self.s.take(rows), self.c.take(rows)
+        n, d = X.shape
+        k = d + 1 if self.intercept else d
+        # One block for all large arrays: an allocator that takes it once tends to keep it.
+        block = np.empty((5 * n * k + 1) // 2)
+        Z, room = block[: 2 * n * k].reshape(2, n, k)
+        half = block[2 * n * k :].view(np.float32)[: n * k].reshape(n, k)
+        np.subtract(X, self.centre, out=Z[:, :d])
+        Z[:, :d] *= s[:, None]
+        if self.intercept:
+            Z[:, d] = s
+        return Sum(Z, room, half, c, d, self.low, self.high, self.price, total, outside, level)
+
+    def away(self, w: Array) -> Array:
+        """v of all rows.  # (n,)"""
+        d = self.X.shape[1]
+        v: Array = self.X @ w[:d]
+        v += (w[d] if self.intercept else 0.0) - float(self.centre @ w[:d])
+        v *= self.s
+        v += self.c
+        return v
+
+    def pull(self, a: Array) -> Array:
+        """Z'a of all rows.  # (d,) or (d + 1,)"""
+        sa = self.s * a
+        total = float(sa.sum())
+        g: Array = sa @ self.X
+        g -= total * self.centre
+        return np.append(g, total) if self.intercept else g
+
+    def proof(self, w: Array, a: Array) -> tuple[float, float]:
+        """The value, and how far it is above that of the multipliers made feasible.
+
+        Feasible are a in [low, high] with a gradient by b of 0 and one by theta of at most `price`. The
+        first is mended by moving the entries that are not at an end, the second by scaling: 0 is
+        feasible.
+        """
+        n, d = self.X.shape
+        v = self.away(w)
+        value = float(np.maximum(self.low * v, self.high * v).sum()) / n
+        value += self.price * math.sqrt(float(w[:d] @ w[:d]))
+        a = np.clip(a, self.low, self.high)
+        if self.intercept:
+            inside = np.flatnonzero((a > self.low) & (a < self.high))
+            off = float(self.s @ a)
+            if off != 0.0 and len(inside):
+                a[inside] -= off / len(inside) * self.s[inside]
+                np.clip(a, self.low, self.high, out=a)
+        g = self.pull(a)
+        if self.intercept and abs(g[d]) > 1e-13 * n:
+            return value, math.inf
+        share = min(1.0, self.price * n / (float(np.linalg.norm(g[:d])) + 1e-300))
+        return value, max(value - share * float(a @ self.c) / n, 0.0)
+
+
+def _constant(data: _Data) -> "Corner | None":
+    """theta = 0 with the best b, where multipliers that come to mind prove that it is best."""
+    n, d = data.X.shape
+    low, high, c, s = data.low, data.high, data.c, data.s
+    b = 0.0
+    if data.intercept and low == 0:  # classes: b = -1 or 1, where the larger is at its corner
+        b = 1.0 if float(s.sum()) < 0 else -1.0
+    elif data.intercept:
+        b = float(np.median(c / -s))
+    v = c + s * b
+    a = np.where(v > 0, high, low)
+    corner = np.flatnonzero(v == 0)
+    if data.intercept and len(corner):
+        a[corner] = 0.0
+        a[corner] = np.clip(-float(s @ a) / len(corner) * s[corner], low, high)
+    g = data.pull(a)
+    if float(np.linalg.norm(g[:d])) > data.price * n or (data.intercept and abs(g[d]) > 1e-12 * n):
+        return None
+    value = float(np.maximum(low * v, high * v).mean())
+    return Corner(np.zeros(d), b, value, 0.0, 0)
+
+
+def _many(data: _Data) -> "tuple[Array, Array, int] | None":
+    """As `path`, from few samples: those near their corner, and the others at an end."""
+    n, d = data.X.shape
+    low, high = data.low, data.high
+    size = max(n // 10, 1000, 10 * d)
+    if 2 * size > n:
+        return path(data.task(None, n), None, _TOL)
+    some = np.sort(np.random.default_rng(0).permutation(n)[:size])
+    if size <= _AT_ONCE:
+        found = path(data.task(some, size), None, ROUGH)
+    else:
+        found = _many(replace(data, X=data.X[some], c=data.c[some], s=data.s[some]))
+    if found is None:
+        return None
+    w, _, steps = found
+    v = data.away(w)
+    # The error of a fit to m samples is sqrt(d / m) of what it leaves unexplained; twice that.
+    far, count = np.abs(v), int(2 * n * math.sqrt(d / size))
+    a = np.where(v > 0, high, low)
+    inside, reach = np.zeros(n, bool), 0.0
+    for _ in range(12):
+        if not inside.any():
+            count = min(n, max(count, 1000))
+            reach = float(np.partition(far, count - 1)[count - 1])
+            inside = far <= reach
+        rows = np.flatnonzero(inside)
+        found = path(data.task(rows, n, a), (w, reach), _TOL)
+        if found is None:  # too many were on the wrong side
+            if len(rows) == n:
                 return None
-            pull = s * new / n
-            g = np.r_[X.T @ pull, pull.sum()]
-            g[:d] += price / length * w[:d]
-            value = float((new * v - 0.5 * mu * (new - a) ** 2).mean()) + price * length
-            rows = np.flatnonzero((trial > low) & (trial < high))
-            part = X[rows]
-            H = np.zeros((d + 1, d + 1))
-            H[:d, :d] = part.T @ part
-            H[:d, d] = H[d, :d] = part.sum(0)
-            H[d, d] = len(rows)
-            H *= 1 / (mu * n)
-            unit = w[:d] / length
-            H[:d, :d] += price / length * (np.eye(d) - np.outer(unit, unit))
-            top = np.diag(H).max()
-            H[np.diag_indices(d + 1)] += 1e-10 * top + 1e-14
-            move = np.zeros(d + 1)
-            try:
-                move[:free] = -np.linalg.solve(H[:free, :free], g[:free])
-            except np.linalg.LinAlgError:
-                return None
-            decrement = float(-g @ move)
-            if not np.isfinite(decrement) or decrement < 0:
-                return None
-            steps += 1
-            if decrement <= inner * min(best, abs(value)) + 1e-15 * abs(value):
-                break
-            du, t = X @ move[:d] + move[d], 1.0
-            while t > 1e-10:
-                at = c + s * (u + t * du)
-                clipped = np.clip(a + at / mu, low, high)
-                there = float((clipped * at - 0.5 * mu * (clipped - a) ** 2).mean())
-                there += price * float(np.linalg.norm(w[:d] + t * move[:d]))
-                if there <= value - 1e-4 * t * decrement:
-                    break
-                t *= 0.5
-            if t <= 1e-10:
-                break
-            w, u = w + t * move, u + t * du
-        v = c + s * u
-        a = np.clip(a + v / mu, low, high)
-        primal = float(np.maximum(low * v, high * v).mean()) + price * float(np.linalg.norm(w[:d]))
-        gap = _gap(X, c, s, a, price, intercept, primal, low, high)
-        best = min(best, max(gap, 0.0))
-        if gap <= tol * (abs(primal) + 1e-12):
-            return Corner(w[:d], float(w[d]), primal, max(gap, 0.0), steps)
-        if math.isfinite(gap):
-            mu, inner = max(0.2 * mu, 1e-5 * spread), 1e-4
-        else:  # not near enough to the inner minimum for a dual point
-            inner *= 1e-3
-            if inner < 1e-20:
-                return None
+            inside, count = np.zeros(n, bool), 2 * len(rows)
+            continue
+        w, a[rows], more = found
+        steps += more
+        v = data.away(w)
+        wrong = v * np.where(a > 0.5 * (low + high), 1.0, -1.0) < 0
+        wrong[rows] = False
+        if not bool(wrong.any()):
+            return w, a, steps
+        inside |= wrong
+        far = np.abs(v)
+        reach = float(far[wrong].max())
+        a = np.where(v > 0, high, low)
     return None
-
-
-def _gap(
-    X: Array, c: Array, s: Array, a: Array, price: float, intercept: bool, primal: float,
-    low: float, high: float,
-) -> float:  # fmt: skip
-    """primal less the dual value of multipliers made feasible.
-
-    Feasible are a in [low, high] with sum s_i a_i = 0 (an intercept) and ||X'(s a)|| / n <= r. The
-    first is mended by moving the entries that are not at an end, the second by scaling towards the
-    feasible a that is constant within each sign of s.
-    """
-    n = len(c)
-    if intercept:
-        off = float((s * a).sum())
-        inside = (a > low) & (a < high)
-        count = int(inside.sum())
-        if off != 0.0:
-            if count == 0:
-                return math.inf
-            a = a.copy()
-            a[inside] -= off / count * s[inside]
-            if a[inside].min() < low or a[inside].max() > high:
-                return math.inf
-    size = float(np.linalg.norm(X.T @ (s * a))) / n
-    if size > price:
-        if size > price * (1 + 1e-3):
-            return math.inf
-        if low > 0 or high < 0:
-            return math.inf
-        a = a * (price / size)  # 0 is feasible and the set is convex
-    return primal - float((a * c).mean())

@@ -16,6 +16,7 @@ import math
 from dataclasses import replace
 
 import numpy as np
+from scipy.linalg import lapack
 
 from ..solution import ConvergenceError
 from . import _corners as corners
@@ -54,7 +55,7 @@ def fit(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> Fi
         if not loss.regression and float((y * u).max()) <= ball.flip * length:
             return found  # no flip is worth its price
     if not loss.smooth and ball.q == 2 and ball.radius > 0:
-        near = _multipliers(X, y, loss, ball, intercept)
+        near = _corners(X, y, loss, ball, intercept)
         if near is not None:
             return near
     return _pieces(X, y, loss, ball, intercept)
@@ -192,12 +193,11 @@ def _newton_step(H: Array, g: Array) -> Array:
     unit = 1.0 / np.sqrt(np.maximum(np.diag(H), 1e-300))
     scaled = H * unit * unit[:, None]
     for shift in (0.0, 1e-13, 1e-11, 1e-9, 1e-6, 1.0):
-        try:
-            L = np.linalg.cholesky(scaled + shift * np.eye(len(g)))
-        except np.linalg.LinAlgError:
-            continue
-        x: Array = -unit * np.linalg.solve(L.T, np.linalg.solve(L, unit * g))
-        return x
+        scaled.flat[:: len(g) + 1] = 1.0 + shift
+        _, x, info = lapack.dposv(scaled, unit * g, lower=1)
+        if not info:
+            step: Array = -unit * x
+            return step
     return -g
 
 
@@ -221,32 +221,25 @@ def _constant(y: Array, loss: LinearLoss) -> float:
 # ---- losses and norms with corners -----------------------------------------------------------------
 
 
-def _multipliers(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> "Fit | None":
-    """The method of multipliers, where flips and moves of targets are not worth their price."""
-    n, d = X.shape
-    centre = X.mean(0) if intercept else np.zeros(d)
-    X = X - centre
-    one = np.ones(n)
+def _corners(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> "Fit | None":
+    """By active sets, where flips and moves of targets are not worth their price; else None."""
+    one = np.ones(len(y))
     middle = float(np.median(y)) if intercept and loss.regression else 0.0
     c, s, low = (y - middle, -one, -1.0) if loss.regression else (one, -y, 0.0)
-    start = None
-    if n > 20 * max(d, 250):
-        some = np.random.default_rng(0).permutation(n)[: max(n // 10, 10 * d)]
-        near = corners.solve(X[some], c[some], s[some], low, 1.0, ball.radius, intercept, tol=1e-4)
-        start = None if near is None else np.r_[near.theta, near.b]
-    found = corners.solve(X, c, s, low, 1.0, ball.radius, intercept, start)
-    if found is None:
+    found = corners.solve(X, c, s, low, 1.0, ball.radius, intercept)
+    if found is None or not found.gap <= 1e-7 * (abs(found.value) + 1e-12):
         return None
     length = float(np.linalg.norm(found.theta))
+    b = found.b + middle
     if math.isfinite(ball.flip):
         if loss.regression and length < 1 / ball.flip:
             return None
-        u = X @ found.theta + found.b + middle
-        gain = loss.value(-u, y) - loss.value(u, y)
-        if not loss.regression and float(gain.max()) > ball.flip * length:
-            return None
-    b = found.b + middle - float(centre @ found.theta)
-    return Fit(found.theta, b, length, found.value, found.gap, found.steps, "multipliers")
+        if not loss.regression:
+            u = X @ found.theta + b
+            gain = loss.value(-u, y) - loss.value(u, y)
+            if float(gain.max()) > ball.flip * length:
+                return None
+    return Fit(found.theta, b, length, found.value, found.gap, found.steps, "active set")
 
 
 def _task(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> Task:

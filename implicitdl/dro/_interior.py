@@ -100,15 +100,12 @@ class Found:
 
 
 def weighted_gram(X: Array, weights: Array) -> Array:
-    """X' diag(weights) X, in pieces, without a copy of X."""
-    d = X.shape[1]
-    if len(X) <= _CHUNK:
-        out: Array = X.T @ (weights[:, None] * X)
-        return out
+    """X' diag(weights) X for weights >= 0, in pieces, without a copy of X."""
+    d, root = X.shape[1], np.sqrt(weights)[:, None]
     out = np.zeros((d, d))
     for k in range(0, len(X), _CHUNK):
-        part = X[k : k + _CHUNK]
-        out += part.T @ (weights[k : k + _CHUNK, None] * part)
+        part = root[k : k + _CHUNK] * X[k : k + _CHUNK]
+        out += part.T @ part  # of a matrix with itself: half of the work
     return out
 
 
@@ -198,6 +195,7 @@ def _longest_cone(x: Array, dx: Array) -> float:
     return float(min([linear, *roots]))
 
 
+@np.errstate(all="ignore")  # a direction that is not finite ends it, with the best point so far
 def solve(task: Task, tol: float = 1e-10, max_steps: int = 100) -> Found:
     """Minimise; see the module.
 

@@ -85,20 +85,20 @@ def _ridge_path(R: Array, r: float) -> Array:
     d = R.shape[1] - 1
     U, s, Vt = np.linalg.svd(R[:, :d], full_matrices=False)
     c = R[:, d]
-    k = U.T @ c
+    k, square = U.T @ c, s * s
     off = float(np.linalg.norm(c - U @ k))
     if float(np.linalg.norm(s * k)) <= r * float(np.linalg.norm(c)):
         return np.zeros(d)
 
     def parts(log_mu: float) -> tuple[Array, float]:
         mu = math.exp(log_mu)
-        t = s * k / (s * s + mu)
-        root = math.hypot(off, float(np.linalg.norm(mu / (s * s + mu) * k)))
-        return t, root
+        t = k / (square + mu)
+        root = math.hypot(off, mu * math.sqrt(float(t @ t)))
+        return s * t, root
 
     def gap(log_mu: float) -> float:
         t, root = parts(log_mu)
-        return log_mu + math.log(float(np.linalg.norm(t))) - math.log(max(r * root, 1e-300))
+        return log_mu + 0.5 * math.log(float(t @ t)) - math.log(max(r * root, 1e-300))
 
     low = high = 2 * math.log(max(float(s.max()), 1e-150))
     while gap(high) < 0 and high < low + 200:

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from ._checks import features_of, samples_of
 from ._fits import fit, risk
 from ._losses import CLASSIFICATION, REGRESSION, Ball, Fit, LinearLoss, linear_loss
 from ._worst import WorstDistribution, worst
@@ -18,7 +19,7 @@ try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
     from sklearn.model_selection import KFold, StratifiedKFold
     from sklearn.utils.multiclass import check_classification_targets, type_of_target
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    from sklearn.utils.validation import check_is_fitted
 except ImportError as error:  # pragma: no cover - the message is all there is
     raise ImportError(
         "the Wasserstein estimators need scikit-learn, which is not installed: "
@@ -179,7 +180,7 @@ class _Wasserstein(BaseEstimator):  # type: ignore[misc]
 
     def _score(self, X: Any) -> np.ndarray:
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        X = features_of(self, X)
         out: np.ndarray = X @ self.coef_ + self.intercept_
         return out
 
@@ -248,7 +249,7 @@ class WassersteinClassifier(ClassifierMixin, _Wasserstein):  # type: ignore[misc
             ConvergenceError: there is no minimum (a radius of 0 and separable classes).
         """
         self._checked(CLASSIFICATION)
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        X, y = samples_of(self, X, y)
         check_classification_targets(y)
         self.classes_, index = np.unique(y, return_inverse=True)
         if len(self.classes_) > 2:
@@ -334,7 +335,7 @@ class WassersteinRegressor(RegressorMixin, _Wasserstein):  # type: ignore[misc]
         self._checked(REGRESSION)
         if not 0 < self.delta < math.inf:
             raise ValueError(f"delta: got {self.delta}, expected a finite number > 0.")
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], y_numeric=True)
+        X, y = samples_of(self, X, y, y_numeric=True)
         self._fit(X, np.asarray(y, dtype=np.float64))
         return self
 

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ._checks import distribution, labels_of, losses_of, number
+from ._checks import distribution, finite, labels_of, losses_of, number
 from .risks import Risk
 
 
@@ -21,6 +21,8 @@ def group_means(losses: Tensor, groups: Tensor, number_of_groups: int) -> tuple[
     Returns:
         means, 0 for an absent group  # (..., G); counts  # (..., G), int64
     """
+    if type(number_of_groups) is not int or number_of_groups < 1:
+        raise ValueError(f"number_of_groups: got {number_of_groups!r}, expected an integer >= 1.")
     l = losses_of(losses)
     shape = tuple(groups.shape) if isinstance(groups, Tensor) else ()
     if shape not in (tuple(l.shape), tuple(l.shape[-1:])):
@@ -212,6 +214,7 @@ def _sizes(sizes: Tensor) -> Tensor:
     sizes = torch.as_tensor(sizes)
     if sizes.dim() != 1 or sizes.numel() == 0:
         raise ValueError(f"sizes: got shape {tuple(sizes.shape)}, expected (G,), one a group.")
+    finite("sizes", sizes.double())
     empty = torch.nonzero(~(sizes > 0)).flatten().tolist()
     if empty:
         raise ValueError(

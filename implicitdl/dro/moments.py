@@ -26,11 +26,12 @@ import torch
 from ..convex import ConeProgram, Cones
 from ..robust import AnyLaw, Family, Gaussian, Symmetric, SymmetricUnimodal
 from ..solution import unknown_name
+from ._checks import features_of, samples_of
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
     from sklearn.utils.multiclass import check_classification_targets, type_of_target
-    from sklearn.utils.validation import check_is_fitted, validate_data
+    from sklearn.utils.validation import check_is_fitted
 except ImportError as error:  # pragma: no cover - the message is all there is
     raise ImportError(
         "the moment estimators need scikit-learn, which is not installed: "
@@ -107,7 +108,7 @@ class MomentClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             _error("mean_error", self.mean_error),
             _error("covariance_error", self.covariance_error),
         )
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32])
+        X, y = samples_of(self, X, y)
         check_classification_targets(y)
         self.classes_, index = np.unique(y, return_inverse=True)
         if len(self.classes_) > 2:
@@ -158,7 +159,7 @@ class MomentClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
     def decision_function(self, X: Any) -> np.ndarray:
         """theta'x + b.  # (samples,)"""
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        X = features_of(self, X)
         out: np.ndarray = X @ self.coef_ + self.intercept_
         return out
 
@@ -209,7 +210,7 @@ class MomentRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
         family, rho = _family(self.family), _error("covariance_error", self.covariance_error)
         if not 0.5 < self.confidence < 1:
             raise ValueError(f"confidence: got {self.confidence}, expected a number in (1/2, 1).")
-        X, y = validate_data(self, X, y, dtype=[np.float64, np.float32], y_numeric=True)
+        X, y = samples_of(self, X, y, y_numeric=True)
         Z = np.column_stack([X, y]).astype(np.float64)
         centre = Z.mean(0) if self.fit_intercept else np.zeros(Z.shape[1])
         off = (Z - centre) / math.sqrt(len(Z))
@@ -228,7 +229,7 @@ class MomentRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
     def predict(self, X: Any) -> np.ndarray:
         """theta'x + b.  # (samples,)"""
         check_is_fitted(self)
-        X = validate_data(self, X, reset=False, dtype=[np.float64, np.float32])
+        X = features_of(self, X)
         out: np.ndarray = X @ self.coef_ + self.intercept_
         return out
 

@@ -76,7 +76,7 @@ class Reweighting(abc.ABC):
     def upper(self, losses: Tensor, dual: Tensor, reference: "Tensor | None" = None) -> Tensor:
         """A bound from above, whatever the dual number.  # (..., n), (...) -> (...)"""
         l, p = self._accept(losses, reference)
-        return self._above(l, p, torch.as_tensor(dual, dtype=l.dtype, device=l.device)).to(losses)
+        return self._above(l, p, _number_of(dual, l)).to(losses)
 
     def lower(self, losses: Tensor, weights: Tensor, reference: "Tensor | None" = None) -> Tensor:
         """A bound from below, sum_i q_i l_i, for weights in Q.  # (..., n), (..., n) -> (...)
@@ -111,7 +111,7 @@ class Reweighting(abc.ABC):
         """
         l, p = self._accept(losses, reference)
         q, best = self._solve(l, p)
-        at = best.detach() if dual is None else torch.as_tensor(dual).to(l)
+        at = best.detach() if dual is None else _number_of(dual, l)
         chosen = q if weights is None else weights
         return Risk(
             value=(q * l).sum(-1).to(losses.dtype),
@@ -137,6 +137,14 @@ class Reweighting(abc.ABC):
     @abc.abstractmethod
     def _excess(self, q: Tensor, p: Tensor) -> Tensor:
         """By how much weights are outside of Q; at most 0 inside."""
+
+
+def _number_of(dual: Tensor, like: Tensor) -> Tensor:
+    """A dual number, infinite where that is a limit, but not NaN."""
+    dual = torch.as_tensor(dual).to(like)
+    if bool(dual.isnan().any()):
+        raise ValueError("dual: got nan, expected a number.")
+    return dual
 
 
 def _largest(l: Tensor, p: Tensor) -> tuple[Tensor, Tensor]:

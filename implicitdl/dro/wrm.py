@@ -145,12 +145,14 @@ class WassersteinTraining(nn.Module):
             label_price = number("label_price", label_price, 0, open_low=True)
         if cost is not None:
             cost = torch.as_tensor(cost, dtype=torch.get_default_dtype())
-            if bool((cost <= 0).any()) or bool(cost.isnan().any()):
+            bad = torch.nonzero(~(cost > 0))
+            if len(bad):
+                at = tuple(bad[0].tolist())
                 raise ValueError(
-                    f"cost: got {float(cost.min()):.6g}, expected weights > 0; inf fixes a feature."
+                    f"cost: got {float(cost[at]):.6g} at index {at}, expected weights > 0; inf fixes a "
+                    "feature."
                 )
-        if type(steps) is not int or steps < 1:
-            raise ValueError(f"steps: got {steps!r}, expected an integer >= 1.")
+        _whole("steps", steps)
         self.model, self.loss, self.label_price = model, loss, float(label_price)
         self.steps, self.tol = steps, number("tol", tol, 0, open_low=True)
         self.register_buffer("cost", cost)
@@ -234,6 +236,8 @@ class WassersteinTraining(nn.Module):
         rho = None if radius is None else number("radius", radius, 0) ** 2
         if gamma is not None:
             gamma = number("gamma", gamma, 0, open_low=True)
+        _whole("steps", steps)
+        tol = number("tol", tol, 0, open_low=True)
         batches = [self._accept(*batch) for batch in _batches(data)]
         batches = [(u.double(), y) for u, y in batches]
         found = self.smoothness(batches[0][0])
@@ -261,7 +265,7 @@ class WassersteinTraining(nn.Module):
         if smooth and not concave:
             reason = (
                 f"gamma: got {gamma:.6g}, at which the inner problem is not proved concave (L_zz = "
-                f"{L:.6g}); the smallest that works is {0.5 * L:.6g}."
+                f"{L:.6g}); the smallest that works is {0.5 * L * (1 + 1e-5):.6g}."
             )
             if on_failure == "raise":
                 raise ValueError(reason + " Pass on_failure='return' for a bound that is a guess.")
@@ -279,22 +283,34 @@ class WassersteinTraining(nn.Module):
             nominal=float(nominal), reason=reason,
         )  # fmt: skip
 
-    def attack(self, data: Any, radius: float, *, steps: int = 60) -> Worst:
+    def attack(
+        self, data: Any, radius: float, *, steps: int = 60, gamma: float | None = None
+    ) -> Worst:
         """A law within the radius whose mean loss is large: a bound from below of the worst case.
 
-        The multiplier is halved until the inputs found are farther than the radius, and bisected;
+        The multiplier is moved until the inputs found are farther than the radius, and bisected;
         inputs are then pulled back so that their mean cost is at most radius^2.
 
         Args:
             data: (inputs, labels), one batch.
             radius: > 0.
             steps: of each ascent.
+            gamma: where the search of the multiplier begins, in small steps: that of a certificate
+                for about this radius saves half of it. The module's own, in large steps, where None.
+
+        Raises:
+            ValueError: a radius, steps or gamma that is not positive, more than one batch, or NaN.
         """
         rho = number("radius", radius, 0, open_low=True) ** 2
-        ((u, y),) = [self._accept(*batch) for batch in _batches(data)]
+        _whole("steps", steps)
+        stride = 2.0 if gamma is None else 1.1
+        gamma = self.gamma if gamma is None else number("gamma", gamma, 0, open_low=True)
+        batches = _batches(data)
+        if len(batches) != 1:
+            raise ValueError(f"data: got {len(batches)} batches, expected one, (inputs, labels).")
+        u, y = self._accept(*batches[0])
         root = self._root(u)
         low, high, best = None, None, None
-        gamma = self.gamma
         for _ in range(24):
             got = ascend(
                 self.model, self.loss, u, y, gamma, root, self.label_price, steps, 1e-3, math.inf
@@ -307,10 +323,9 @@ class WassersteinTraining(nn.Module):
                 low = gamma
             else:
                 high = gamma
-            if low is None:
-                gamma *= 0.5
-            elif high is None:
-                gamma *= 2.0
+            if low is None or high is None:
+                gamma = gamma / stride if low is None else gamma * stride
+                stride = min(stride * stride, 2.0)
             else:
                 gamma = math.sqrt(low * high)
                 if high < 1.02 * low:
@@ -353,7 +368,14 @@ class WassersteinTraining(nn.Module):
             raise ValueError(f"labels: expected a tensor of {len(u)} targets, one a sample.")
         elif math.isfinite(self.label_price):
             raise ValueError("label_price: got a finite one, expected integer labels to flip.")
+        else:
+            finite("labels", labels)
         return u.detach(), labels
+
+
+def _whole(name: str, value: Any) -> None:
+    if type(value) is not int or value < 1:
+        raise ValueError(f"{name}: got {value!r}, expected an integer >= 1.")
 
 
 def _batches(data: Any) -> list[tuple[Tensor, Tensor]]:
@@ -399,6 +421,6 @@ def _best_gamma(at: Any, rho: float, start: float, least: float) -> float:
             low = middle
         else:
             high = middle
-        if high < 1.001 * low:
+        if high < 1.01 * low:  # the bound is flat there
             break
     return high
