@@ -1,10 +1,13 @@
 """Work that processes share: sums over what each of them has, by torch.distributed."""
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -56,21 +59,50 @@ class Sharing:
         full[self.own(rows)] = part
         return self._sum(full)
 
-    def agree(self, error: Exception | None) -> None:
-        """Raise where any process has an error, in all of them: none waits for another for ever."""
+    def agree(self, error: Exception | None, failure: type[Exception] | None = None) -> None:
+        """Raise where any process has an error, in all of them: none waits for another for ever.
+
+        Args:
+            error: of this process.
+            failure: errors of that kind are raised as such in the others, too, any other as a
+                ValueError.
+        """
         if self.shard is not None:
             from torch import distributed
 
-            here = 0 if error is None else distributed.get_rank(self.group) + 1
+            # The number of the process; beyond their count where it is a failure.
+            here, size = 0, distributed.get_world_size(self.group)
+            if error is not None:
+                here = distributed.get_rank(self.group) + 1
+                here += size * (failure is not None and isinstance(error, failure))
             device = "cuda" if distributed.get_backend(self.group) == "nccl" else "cpu"
             found = torch.tensor([float(here)], device=device)
             distributed.all_reduce(found, op=distributed.ReduceOp.MAX, group=self.group)
-            if error is None and int(found) > 0:
+            first = int(found) - 1
+            if error is None and first >= size and failure is not None:
+                error = failure(f"process {first - size} found no solution; see its own error.")
+            elif error is None and first >= 0:
                 error = ValueError(
-                    f"data: process {int(found) - 1} refused what it was given; see its own error."
+                    f"data: process {first} refused what it was given; see its own error."
                 )
         if error is not None:
             raise error
+
+    def together(self, work: Callable[[], T], failure: type[Exception] | None = None) -> T:
+        """What work returns, which waits for no other process; an error of one is raised in all.
+
+        Args:
+            work: of this process alone.
+            failure: see `agree`.
+        """
+        found: list[T] = []
+        error: Exception | None = None
+        try:
+            found.append(work())
+        except Exception as failed:  # noqa: BLE001 - the others are told before it is raised
+            error = failed
+        self.agree(error, failure)
+        return found[0]
 
 
 def require_initialised(shard: str) -> None:

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from ._linalg import perron_root
-from .activations import Activation, Blocks
+from ._samples import require_finite_samples
 from .layers import ImplicitLayer
 from .model import ImplicitModel, Structure
 from .model.structure import INPUT, Block, Constant, Row
@@ -23,6 +23,8 @@ from .operators import Dense, LowRank, Operator, read, rebuilt
 from .operators.sparse import Sparse
 from .solution import NotWellPosedError
 from .states import FitReport, Penalty, fit_states
+from .states.assembly import chosen, reaching
+from .states.checks import check_data, converted
 from .wellposed import Certificate
 
 __all__ = [
@@ -148,16 +150,17 @@ def prune(
 
     ||A||_inf can only fall, so that a model in the ball stays in it. With data, entries are ordered
     by what they contribute, |M_ij| times the deviation of what they multiply, over the deviation of
-    what they are added to; without, by |M_ij|.
+    what they are added to, and the mean of what is taken out goes into the biases; without, by |M_ij|.
+    Among equals the first go, in the order A, B, C, D, row by row.
 
     Args:
         model: the original.
         sparsity: share of the entries that are not zero to be taken out, in [0, 1).
-        data: inputs.  # (m, p)
+        data: inputs, at least two.  # (m, p)
 
     Raises:
-        ValueError: sparsity is outside [0, 1), or data does not fit.
-        TypeError: model is none.
+        ValueError: sparsity is outside [0, 1), or data does not fit, has NaN or a single sample.
+        TypeError: model is none, or data is no tensor.
 
     Example:
         >>> import torch, implicitdl
@@ -169,25 +172,43 @@ def prune(
     if isinstance(sparsity, bool) or not isinstance(sparsity, int | float) or not 0 <= sparsity < 1:
         raise ValueError(f"sparsity: got {sparsity!r}, expected a share in [0, 1).")
     original = as_matrices(model)
-    sizes = [t.abs() for t in (original.A, original.B, original.C, original.D)]
+    matrices = (original.A, original.B, original.C, original.D)
+    sizes = [t.abs() for t in matrices]
+    means: tuple[Tensor, Tensor] | None = None
     if data is not None:
-        u = data.detach().reshape(len(data), -1)
+        check_data(data, least=2)
+        u = _flat(data, original, "data").to(original.dtype)
         x = original.solve(u).value
         z = x @ original.A.mT + u @ original.B.mT
         y = x @ original.C.mT + u @ original.D.mT
-        tiny = torch.finfo(u.dtype).tiny
-        into, out = (x.std(0), u.std(0)), (z.std(0).clamp_min(tiny), y.std(0).clamp_min(tiny))
+        spread = [t.std(0) for t in (x, u, z, y)]
+        into, out = spread[:2], [torch.where(t > 0, t, 1.0) for t in spread[2:]]
         sizes = [s * into[k % 2] / out[k // 2][:, None] for k, s in enumerate(sizes)]
+        means = (x.mean(0), u.mean(0))
     every = torch.cat([s.flatten() for s in sizes])
-    live = every[every > 0]
-    cut = int(sparsity * len(live))
-    level = live.kthvalue(cut).values if cut else every.new_zeros(())
-    A, B, C, D = (
-        torch.where(s > level, t, 0.0)
-        for s, t in zip(sizes, (original.A, original.B, original.C, original.D), strict=True)
-    )
-    small = replace(original, A=A, B=B, C=C, D=D)
+    there = torch.cat([t.flatten() for t in matrices]).nonzero().flatten()
+    order = every[there].argsort(stable=True)
+    kept = torch.ones_like(every, dtype=torch.bool)
+    kept[there[order[: int(sparsity * len(there))]]] = False
+    masks = kept.split([t.numel() for t in matrices])
+    A, B, C, D = (t * mask.view(t.shape) for t, mask in zip(matrices, masks, strict=True))
+    b, d = original.b, original.d
+    if means is not None:
+        b = b + (original.A - A) @ means[0] + (original.B - B) @ means[1]
+        d = d + (original.C - C) @ means[0] + (original.D - D) @ means[1]
+    small = replace(original, A=A, B=B, C=C, D=D, b=b, d=d)
     return Compression(original=original, model=small, fast=running(small))
+
+
+def _flat(u: Tensor, f: ImplicitModel, name: str) -> Tensor:
+    """Samples with all numbers of each in a row; one without a dimension of samples is a sample."""
+    u = u.detach()
+    u = u[None] if u.dim() < 2 else u.flatten(1)
+    if u.shape[1] != f.inputs:
+        raise ValueError(
+            f"{name}: got {u.shape[1]} numbers a sample, expected {f.inputs}, as the model reads."
+        )
+    return u
 
 
 def low_rank(
@@ -246,12 +267,12 @@ def sparsify(
             f"penalty: got {penalty!r}, expected L1, Group, Perspective or a number; `low_rank` cuts "
             "the rank."
         )
-    from .convert import to_implicit
-
     source = model
-    if isinstance(model, nn.Module):
-        is_layer = isinstance(model, ImplicitLayer)
-        source = model.model() if is_layer else to_implicit(model, data[:1])  # type: ignore
+    if isinstance(model, ImplicitLayer):
+        source = model.model()
+    elif isinstance(model, nn.Module):
+        check_data(data, least=2)
+        source, data = converted(model, data)
     original = as_matrices(source)  # type: ignore[arg-type]
     layer, report = fit_states(source, data, penalty=penalty, kappa=kappa, **options)  # type: ignore
     found = as_matrices(layer)
@@ -281,14 +302,7 @@ def remove(model: "ImplicitModel | ImplicitLayer") -> ImplicitModel:
     f = as_matrices(model)
     while True:
         still = f.phi.entrywise & ~((f.A != 0).any(1) | (f.B != 0).any(1))
-        seen = (f.C != 0).any(0)
-        while True:
-            more = seen | (f.A[seen] != 0).any(0)
-            more = _together(f.phi, more)
-            if bool((more == seen).all()):
-                break
-            seen = more
-        gone = still | ~seen
+        gone = still | ~reaching(f.A, f.C, f.phi)
         if bool(gone.all()):
             gone = gone.clone()
             gone[: f.phi.parts[0][1] if not f.phi.parts[0][0].entrywise else 1] = False
@@ -299,29 +313,14 @@ def remove(model: "ImplicitModel | ImplicitLayer") -> ImplicitModel:
         kept = (~gone).nonzero().flatten()
         b, d = f.b + f.A @ value, f.d + f.C @ value
         f = ImplicitModel(
-            f.A[kept][:, kept], f.B[kept], f.C[:, kept], f.D, b[kept], d, _chosen(f.phi, kept)
+            f.A[kept][:, kept],
+            f.B[kept],
+            f.C[:, kept],
+            f.D,
+            b[kept],
+            d,
+            chosen(f.phi, f.states, kept),
         )
-
-
-def _together(phi: Blocks, mask: Tensor) -> Tensor:
-    """The mask, with all states of a coupled block where it has one of them."""
-    out, first = mask.clone(), 0
-    for part, size in phi.parts:
-        if not part.entrywise:
-            out[first : first + size] = mask[first : first + size].any()
-        first += size
-    return out
-
-
-def _chosen(phi: Blocks, kept: Tensor) -> Activation:
-    inside = torch.zeros(phi.size, dtype=torch.bool)
-    inside[kept.cpu()] = True
-    parts, first = [], 0
-    for part, size in phi.parts:
-        count = int(inside[first : first + size].sum())
-        parts += [(part, count)] if count else []
-        first += size
-    return Blocks(parts=tuple(parts))
 
 
 def running(
@@ -402,7 +401,8 @@ def error_bound(
 
     Raises:
         NotWellPosedError: lambda_pf(G |A_hat|) >= 1; carries `.margin`.
-        ValueError: the models do not fit each other, or phi is not entrywise.
+        ValueError: the models do not fit each other, u does not fit them or has NaN, or phi is not
+            entrywise.
         ConvergenceError: the original has no state at some u.
     """
     f, g = (_double(as_matrices(model)) for model in (original, compressed))
@@ -421,7 +421,8 @@ def error_bound(
             "`wellposed.InfNormBall(kappa=...)` first.",
             margin=1 - root,
         )
-    u = u.detach().double().reshape(-1, f.inputs)
+    u = _flat(u, f, "u").double()
+    require_finite_samples("u", u)
     x = f.solve(u).value
     y = x @ f.C.mT + u @ f.D.mT + f.d
     new = g.phi(x @ g.A.mT + u @ g.B.mT + g.b)

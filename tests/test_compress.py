@@ -68,6 +68,34 @@ def test_pruning_by_what_entries_contribute():
     assert prune(f, 0.3).model.B[:, 0].any()
 
 
+def test_equal_entries_go_one_by_one():
+    f = ImplicitModel(
+        torch.full((4, 4), 0.1),
+        torch.full((4, 3), -0.1),
+        torch.full((2, 4), 0.1),
+        torch.zeros(2, 3),
+    )
+    small = prune(f, 0.1)
+    left = sum(int((getattr(small.model, k) != 0).sum()) for k in MATRICES)
+    assert left == 36 - 3  # of 16 + 12 + 8 entries
+    again = prune(f, 0.1).model
+    assert all(torch.equal(getattr(again, k), getattr(small.model, k)) for k in MATRICES)
+    assert prune(f, 0.0).model.A.all()
+
+
+def test_a_feature_that_does_not_vary_goes_into_the_biases():
+    layer, u = ImplicitLayer(6, 3, 10), randn(100, 6)
+    u[:, 2] = 5.0
+    f = layer.model()
+    torch.testing.assert_close(prune(layer, 0.0, u).model(u), f(u), rtol=0, atol=1e-12)
+    share = (10 + 3) / sum(int((getattr(f, k) != 0).sum()) for k in MATRICES)
+    small = prune(layer, share + 1e-9, u).model
+    assert not small.B[:, 2].any() and not small.D[:, 2].any()  # all that was taken out
+    torch.testing.assert_close(small(u), f(u), rtol=0, atol=1e-9)
+    half = [(prune(layer, 0.5, data).model(u) - f(u)).abs().max() for data in (u, None)]
+    assert half[0] < half[1]
+
+
 def test_a_pruned_model_stays_in_the_ball():
     layer = ImplicitLayer(4, 2, 20)
     for share in (0.1, 0.5, 0.99):
@@ -162,6 +190,36 @@ def test_a_pattern_that_is_none_is_refused(change):
     given = {"values": op.values, "columns": 4, "rows": 2, "pattern": op.pattern} | change
     with pytest.raises(ValueError, match=r"pattern|values|Sparse"):
         Sparse(**given)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_sparse_products_in_halves(dtype):
+    W = (randn(40, 30) * (torch.rand(40, 30) < 0.1)).to(dtype)
+    op, u, g = Sparse.of(W), randn(6, 30).to(dtype), randn(6, 40, seed=1).to(dtype)
+    for found, exact in (
+        (op.apply(u), u.float() @ W.float().mT), (op.transpose(g), g.float() @ W.float())
+    ):  # fmt: skip
+        assert found.dtype == dtype
+        torch.testing.assert_close(found, exact.to(dtype))
+    values = op.values.clone().requires_grad_()
+    Sparse(values, 30, 40, op.pattern).apply(u).float().sum().backward()
+    assert values.grad.dtype == dtype and bool(values.grad.any())
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script:DeprecationWarning")  # torch's own
+def test_sparse_products_under_autocast_and_forwards():
+    import torch.autograd.forward_ad as forward
+
+    W = randn(40, 30) * (torch.rand(40, 30) < 0.1)
+    op, u, v = Sparse.of(W), randn(6, 30), randn(6, 30, seed=1)
+    with torch.autocast("cpu", torch.bfloat16):
+        for x in (u, u.bfloat16()):
+            found = Sparse.of(W.float()).apply(x.float() if x is u else x)
+            torch.testing.assert_close(found.double(), x.double() @ W.mT, rtol=1e-4, atol=1e-5)
+    for values in (op.values, op.values.clone().requires_grad_()):
+        with forward.dual_level():
+            y = Sparse(values, 30, 40, op.pattern).apply(forward.make_dual(u, v))
+            torch.testing.assert_close(forward.unpack_dual(y).tangent, v @ W.mT)
 
 
 def test_a_sparse_product_is_faster():
@@ -296,6 +354,15 @@ def test_the_lipschitz_constant_of_phi_counts():
     (lambda: prune(model(), 1.0), ValueError, r"sparsity: got 1.0, expected a share in \[0, 1\)"),
     (lambda: prune(model(), math.nan), ValueError, "sparsity: got nan"),
     (lambda: prune(network(), 0.5), TypeError, "got Sequential.*to_implicit"),
+    (lambda: prune(model(), 0.5, randn(1, 5)), ValueError, "data: got.*at least 2 samples"),
+    (lambda: prune(model(), 0.5, torch.tensor([[0.0] * 5, [math.nan] * 5])), ValueError,
+     "data: 1 of 2 samples have NaN.*sample 1"),
+    (lambda: prune(model(), 0.5, randn(9, 4)), ValueError, "data: got 4 numbers.*expected 5"),
+    (lambda: prune(model(), 0.5, [1.0]), TypeError, "data: got list"),
+    (lambda: error_bound(model(), model(), randn(10, 4)), ValueError, "u: got 4 numbers.*expected 5"),
+    (lambda: error_bound(model(), model(), randn(10, 3)), ValueError, "u: got 3 numbers"),
+    (lambda: error_bound(model(), model(), torch.full((2, 5), math.nan)), ValueError, "u: 2 of 2"),
+    (lambda: sparsify(network(), randn(20, 7)), ValueError, "data: the network does not take"),
     (lambda: low_rank(model(), 12), ValueError, "rank: got 12, expected an integer in 1..11"),
     (lambda: low_rank(model(), 2, kappa=1.0), ValueError, "kappa: got 1.0"),
     (lambda: running(model(), 2.0), ValueError, "density: got 2.0"),

@@ -23,6 +23,7 @@ from implicitdl.states import (
     fit_states,
 )
 from implicitdl.states.recording import Sharing, gather
+from implicitdl.states.unique import least_squares, shortest
 
 KAPPA = 0.5
 
@@ -128,6 +129,55 @@ def test_a_tiny_penalty_does_not_stall(weight):
     assert solution.steps[1] < 300
 
 
+@pytest.mark.parametrize("phi", [nn.ReLU(), nn.LeakyReLU()], ids=str)
+def test_dependent_supports_do_not_stall(phi):
+    """An always-on unit makes a support dependent to the last digit on the way: no face to go on."""
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), phi, nn.Linear(12, 8), phi, nn.Linear(8, 3))
+    _, report = fit_states(net, torch.randn(400, 6))
+    assert report.gap < 1e-9 * 20 and report.agreement > 0.95
+
+
+@pytest.mark.parametrize("penalty", [L1(0.01), Perspective(0.01, ridge=0.05)], ids=str)
+@pytest.mark.parametrize("works", ["zero", "a better point"])
+def test_a_start_that_leads_nowhere_is_left_for_another(penalty, works, monkeypatch):
+    """Newton's method made to stay where it is, but from one kind of start."""
+    from implicitdl.states import rows
+
+    calls, whole = [], rows.finish
+
+    def stuck(program, penalty, W, *rest):
+        zero = not bool(W.any())
+        calls.append(zero)
+        if zero == (works == "zero") and len(calls) > 1:
+            return whole(program, penalty, W, *rest)
+        return W, 1, torch.zeros(len(W), dtype=torch.bool)
+
+    monkeypatch.setattr(rows, "finish", stuck)
+    problem = program()
+    solution = problem.solve(penalty)
+    assert calls == ([False, True] if works == "zero" else [False, True, False])
+    torch.testing.assert_close(solution.objective, optimum(problem, penalty), rtol=2e-8, atol=2e-8)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_random_networks_are_all_fitted(seed):
+    g = torch.Generator().manual_seed(seed)
+
+    def one(*choices):
+        return choices[int(torch.randint(len(choices), (), generator=g))]
+
+    torch.manual_seed(seed)
+    sizes, phi = (one(2, 6), one(3, 8, 12), one(3, 8)), (nn.ReLU, nn.LeakyReLU, nn.Tanh, nn.ELU)
+    net = mlp(one(*phi)(), (*sizes, 2))
+    u = one(0.1, 1.0, 3.0) * randn(one(20, 60, 203), sizes[0], seed=seed)
+    kappa = one(0.1, 0.5, 0.9)
+    weight = one(0.0, 1e-6, 1e-5, 1e-4, 1e-3, 1e-2, 1e-1)
+    _, report = fit_states(net, u, penalty=weight, kappa=kappa)
+    assert report.norm <= kappa and report.certificate.well_posed
+    assert weight == 0 or report.gap <= 1e-9 * len(report.fit)
+
+
 @pytest.mark.parametrize("seed", range(12))
 def test_programs_of_many_kinds(seed):
     """Few samples or many, dead, equal and dependent features, scales far apart, all penalties."""
@@ -212,10 +262,105 @@ def test_the_reversed_huber_function_is_the_perspective():
     (lambda: Perspective(ridge=0.0), "ridge: got 0.0, expected a finite number above 0"),
     (lambda: Group(weight=math.inf), "weight: got inf"),
     (lambda: LowRank(rank=0), "rank: got 0"),
+    (lambda: LowRank(0), "rank: got 0"), (lambda: L1(-2.0), "weight: got -2.0"),
+    (lambda: Group(0.0), "weight: got 0.0"), (lambda: Perspective(-1.0), "weight: got -1.0"),
 ])  # fmt: skip
 def test_penalties_refuse_what_is_no_weight(make, words):
     with pytest.raises(ValueError, match=words):
         make()
+
+
+# ---- one answer of many ------------------------------------------------------------------------------
+
+
+def dependent(samples: int = 60) -> RowProgram:
+    """Columns 6 and 7 are sums of others, 2 and 3 are equal; the rows' energy is one."""
+    F = randn(samples, 8)
+    F[:, 3] = F[:, 2]
+    F[:, 6], F[:, 7] = F[:, 0] - F[:, 1], F[:, 2] + 0.5 * F[:, 4] - F[:, 5]
+    F = F / F.norm(dim=0)
+    Z = F @ randn(8, 4, seed=1) + 0.1 * randn(samples, 4, seed=2)
+    Z = Z / Z.norm(dim=0)
+    weights = torch.cat([torch.linspace(0.8, 1.2, 6), torch.zeros(2)])
+    return RowProgram(
+        gram=F.mT @ F, cross=Z.mT @ F, energy=torch.ones(4), weights=weights,
+        radius=torch.tensor([0.05, 0.3, 0.8, 100.0]),
+    )  # fmt: skip
+
+
+def test_least_squares_is_the_shortest_there_is():
+    problem = dependent()
+    W = least_squares(problem, torch.ones(4, 8, dtype=torch.bool)).W
+    shortest = torch.linalg.lstsq(problem.gram, problem.cross.mT, rcond=1e-12, driver="gelsd")
+    torch.testing.assert_close(W[3], shortest.solution[:, 3], rtol=1e-9, atol=1e-9)  # free
+    assert bool((length(problem, W) <= problem.radius * (1 + 1e-14)).all())
+    import cvxpy as cp
+
+    values, Q = torch.linalg.eigh(problem.gram)
+    root = (values.clamp_min(0).sqrt()[:, None] * Q.mT).numpy()
+    for i in range(3):  # lexicographic, by a general solver: the fit, then the length
+        w, v = cp.Variable(8), problem.weights.numpy()
+        inside = [v @ cp.abs(w) <= float(problem.radius[i])]
+        fit = 0.5 * cp.sum_squares(root @ w) - problem.cross[i].numpy() @ w + 0.5
+        cp.Problem(cp.Minimize(fit + 0.5e-6 * cp.sum_squares(w)), inside).solve(
+            solver="CLARABEL", tol_gap_abs=1e-11, tol_gap_rel=1e-11, tol_feas=1e-11
+        )
+        assert float(problem.fit(W)[i]) <= float(fit.value) + 1e-9
+        torch.testing.assert_close(W[i], torch.as_tensor(w.value), rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("penalty", [
+    L1(0.02), L1(1e-4), L1(0.0), Perspective(0.02, ridge=0.01)
+], ids=str)  # fmt: skip
+def test_the_answer_does_not_depend_on_where_newton_begins(penalty):
+    problem = dependent()
+    answers = []
+    for seed in range(4):
+        start = problem.inside(torch.sign(randn(4, 8, seed=seed)) * randn(4, 8, seed=seed + 9))
+        answers.append(shortest(problem, penalty, start)[0])
+    for other in answers[1:]:
+        torch.testing.assert_close(other, answers[0], rtol=0, atol=1e-10)
+    best = problem.objective(problem.solve(penalty).W, penalty) if not penalty.nothing else None
+    if best is not None:  # the ridge does not show
+        torch.testing.assert_close(problem.objective(answers[0], penalty), best, rtol=0, atol=1e-9)
+        twins = answers[0][3, 2:4]  # their weights in the ball do not count where it is not full
+        assert float((twins[0] - twins[1]).abs()) < 1e-9
+
+
+def awkward(kind: str) -> nn.Sequential:
+    net = mlp(sizes=(6, 12, 8, 3))
+    with torch.no_grad():
+        if kind == "units that are always on":
+            net[0].bias[:3], net[2].bias[:2] = 9.0, 20.0
+        if kind == "units that are never on":
+            net[0].bias[:3], net[2].bias[:2] = -20.0, -40.0
+        if kind == "twin units":
+            for layer in (net[0], net[2]):
+                layer.weight[1], layer.bias[1] = layer.weight[0], layer.bias[0]
+            net[2].weight[:, 1] = net[2].weight[:, 0]
+    return net
+
+
+AWKWARD = ("any", "units that are always on", "units that are never on", "twin units")
+
+
+@pytest.mark.parametrize("kind", [*AWKWARD, "twin features"])
+@pytest.mark.parametrize("penalty, refit", [
+    (1e-2, True), (1e-3, True), (1e-2, False), (0.0, True), (LowRank(3), True),
+], ids=str)  # fmt: skip
+def test_the_order_of_samples_does_not_matter(kind, penalty, refit):
+    net, u = awkward(kind), randn(203, 6)
+    if kind == "twin features":
+        u[:, 1] = u[:, 0]
+    first, one = fit_states(net, u, penalty=penalty, refit=refit)
+    other, two = fit_states(net, u[torch.randperm(203)], penalty=penalty, refit=refit)
+    assert one.entries == two.entries or penalty == 0.0  # where all entries may be there
+    # Eigenvalues of 1e-6 of what all states and features span make rounding that much larger.
+    near = 1e-10 if penalty in (1e-2, 1e-3) else 1e-8
+    for name, value in matrices(first).items():
+        torch.testing.assert_close(
+            getattr(other, name).detach(), value, rtol=near, atol=near, msg=f"{kind} {name}"
+        )
 
 
 # ---- what is recorded ------------------------------------------------------------------------------
@@ -230,6 +375,30 @@ def test_moments_of_batches_are_those_of_all_samples():
     torch.testing.assert_close(m.gram, f.mT @ f, rtol=1e-10, atol=1e-8)
     torch.testing.assert_close(m.cross, z.mT @ f, rtol=1e-10, atol=1e-8)
     torch.testing.assert_close(m.energy, z.square().sum(0), rtol=1e-10, atol=1e-8)
+
+
+def test_sums_of_products_are_rounded_once():
+    """Against fractions, which round nothing; plain products are off by tens of last places."""
+    from fractions import Fraction
+
+    F = 3 + randn(3000, 2) * torch.tensor([1.0, 1e-3])
+    F = F - F.mean(0)
+    moments = gather(iter([(F, F)]), Sharing(), (2, 2), F)
+    f = F - F.mean(0)
+    columns = [[Fraction(v) for v in f[:, j].tolist()] for j in range(2)]
+    for i, j in ((0, 0), (0, 1), (1, 1)):
+        true = float(sum(a * b for a, b in zip(columns[i], columns[j], strict=True)))
+        scale = float(f[:, i].norm() * f[:, j].norm())
+        assert abs(float(moments.gram[i, j]) - true) <= 2.3e-16 * max(abs(true), 1e-3 * scale)
+        assert abs(float(moments.cross[i, j]) - true) <= 2.3e-16 * max(abs(true), 1e-3 * scale)
+
+
+def test_a_feature_that_only_rounding_moves_is_none():
+    u = randn(100, 6)
+    u[:, 2] = 0.1 + 1e-16 * torch.sign(u[:, 2])
+    u[:, 3] = 1e9
+    layer, _ = fit_states(mlp(), u, penalty=1e-4)
+    assert not layer.B[:, 2:4].any() and float(layer.B.detach().abs().max()) < 100
 
 
 # ---- layers ----------------------------------------------------------------------------------------
@@ -503,6 +672,67 @@ def test_targets_that_do_not_fit(targets, kind, words):
         fit_states(mlp(), randn(20, 6), targets)
 
 
+def test_penalties_take_their_number_by_position():
+    assert (L1(0.1), Group(0.2)) == (L1(weight=0.1), Group(weight=0.2))
+    assert LowRank(3) == LowRank(rank=3)
+    assert Perspective(0.1, ridge=0.2) == Perspective(weight=0.1, ridge=0.2)
+
+
+@pytest.mark.parametrize("network, data, words", [
+    (mlp, randn(20, 5), r"data: the network does not take samples of shape \(5,\) in torch.float64"),
+    (lambda: to_implicit(mlp(), randn(1, 6)), randn(20, 5),
+     r"data: got samples of shape \(5,\), expected 6 numbers each, of shape \(6,\)"),
+    (lambda: mlp().float(), torch.full((20, 6), 1e300, dtype=torch.float64), "data.*float32, as the network.*sample 0"),
+    (mlp, torch.full((20, 6), 1e200, dtype=torch.float64), "its states or outputs at the data are not finite"),
+], ids=["features", "features of a model", "range", "squares"])  # fmt: skip
+def test_data_that_does_not_fit(network, data, words):
+    with pytest.raises(ValueError, match=words):
+        fit_states(network(), data)
+
+
+@pytest.mark.parametrize("network", [mlp, lambda: to_implicit(mlp().float(), randn(1, 6).float())])
+def test_data_is_cast_to_the_network(network):
+    net = network()
+    if isinstance(net, nn.Module):
+        net = net.float()
+    u = randn(100, 6)
+    layer, _ = fit_states(net, u, penalty=1e-2)
+    same, _ = fit_states(net, u.float(), penalty=1e-2)
+    assert layer.A.dtype == torch.float32 and torch.equal(layer.A, same.A)
+
+
+def test_a_bound_that_no_solver_copes_with_is_named():
+    torch.manual_seed(0)
+    net = nn.Sequential(nn.Linear(6, 12), nn.ReLU(), nn.Linear(12, 8), nn.ReLU(), nn.Linear(8, 3))
+
+    def nothing(self, u, **options):
+        raise ConvergenceError("300 of 300 samples did not converge.")
+
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(ConvergenceError) as caught:
+        patch.setattr(ImplicitModel, "solve", nothing)
+        fit_states(net, randn(300, 6), kappa=0.999999)
+    assert "kappa" in str(caught.value) and "0.999999" in str(caught.value)
+    assert "a smaller kappa" in str(caught.value) and "300 of 300" in str(caught.value)
+
+
+def test_one_output_has_no_largest():
+    net = nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 1))
+    _, report = fit_states(net, randn(50, 6))
+    assert math.isnan(report.agreement) and "same answer" not in str(report)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("penalty", [1e-3, LowRank(3), Group(0.1)], ids=str)
+def test_the_constraint_holds_in_sums_of_the_dtype(penalty, dtype):
+    """The bound, as a sum of the entries as they are stored, and with nothing allowed for rounding."""
+    net = mlp().to(dtype)
+    layer, _ = fit_states(net, randn(200, 6).to(dtype), penalty=penalty, kappa=0.3)
+    A = layer.A.detach()
+    for size in (A.double().abs(), A.float().abs()):
+        assert float(size.sum(1).max()) <= 0.3
+    assert float(A.double().abs().sum(1).max()) > 0.29
+
+
 def test_networks_that_do_not_fit():
     pooled = nn.Sequential(
         nn.Conv2d(1, 2, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(8, 3)
@@ -544,6 +774,23 @@ def shared(rank: int, size: int, folder: str) -> None:
             )
             if not (isinstance(penalty, Penalty) and penalty.couples_rows):
                 found[name, "rows"] = fit_states(net, u, labels, penalty=penalty, shard="rows")
+        for kind in AWKWARD:
+            net2 = awkward(kind)
+            found[kind, "samples"] = fit_states(net2, u[share], penalty=1e-2, shard="samples")
+            found[kind, "rows"] = fit_states(net2, u, penalty=1e-2, shard="rows")
+        failures = []
+        for error in (ConvergenceError("row 3 first"), OverflowError("too large")):
+            with pytest.MonkeyPatch.context() as patch:
+                if rank == size - 1:  # one process alone, in the middle of its work
+
+                    def solve(self, *_, error=error, **__):
+                        raise error
+
+                    patch.setattr(RowProgram, "solve", solve)
+                try:
+                    fit_states(net, u, shard="rows")
+                except (ConvergenceError, ValueError, OverflowError) as raised:
+                    failures.append(f"{type(raised).__name__}: {raised}")
         bad = u[share].clone()
         if rank == size - 1:
             bad[3] = math.nan
@@ -554,7 +801,7 @@ def shared(rank: int, size: int, folder: str) -> None:
             refused = str(error)
         states = {key: matrices(layer) for key, (layer, _) in found.items()}
         scores = {key: (r.before, r.after, r.samples) for key, (_, r) in found.items()}
-        torch.save((states, scores, refused), f"{folder}/{rank}.pt")
+        torch.save((states, scores, refused, failures), f"{folder}/{rank}.pt")
     finally:
         distributed.destroy_process_group()
 
@@ -568,14 +815,15 @@ def compare(size: int) -> None:
     net, u = mlp(), randn(201, 6)
     labels = net(u).argmax(1)
     alone = {k: fit_states(net, u, labels, penalty=p) for k, p in PENALTIES.items()}
+    alone |= {kind: fit_states(awkward(kind), u, penalty=1e-2) for kind in AWKWARD}
     with tempfile.TemporaryDirectory() as folder:
         processes.spawn(shared, (size, folder), nprocs=size)
         answers = [
             torch.load(os.path.join(folder, f"{rank}.pt"), weights_only=True)
             for rank in range(size)
         ]
-    for rank, (states, scores, refused) in enumerate(answers):
-        assert len(states) == 5
+    for rank, (states, scores, refused, failures) in enumerate(answers):
+        assert len(states) == 5 + 2 * len(AWKWARD)
         for (name, shard), state in states.items():
             layer, report = alone[name]
             for key, value in matrices(layer).items():
@@ -584,6 +832,13 @@ def compare(size: int) -> None:
                 )
             assert scores[name, shard] == (report.before, report.after, 201)
         own = rank == size - 1
+        if own:
+            assert failures == ["ConvergenceError: row 3 first", "OverflowError: too large"]
+        else:
+            assert failures[0] == (
+                f"ConvergenceError: process {size - 1} found no solution; see its own error."
+            )
+            assert failures[1].startswith(f"ValueError: data: process {size - 1} refused")
         assert (
             ("sample 3" in refused) == own and ("process 1 refused" in refused) != own or size > 2
         )

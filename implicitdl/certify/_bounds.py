@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..robust import UncertaintySet
 from ..solution import unknown_name
-from ..solvers import FixedPointSolver
+from ..solvers import FixedPointSolver, get_solver
 from ._graph import known
 from ._interval import Span, interval_spans
 from ._loops import Loop
@@ -165,6 +165,8 @@ def bounded(
     with torch.no_grad():
         graph, loops = known(model)
         whole = Region.of(region, around, graph)
+        if not whole.samples:
+            raise ValueError("around: got no inputs, expected one at least.")
         F = _rows(rows, graph, whole)
         query = Query.of(graph.output, F)
         parts = []
@@ -174,6 +176,11 @@ def bounded(
             parts.append(_bounds(context, query.rows(index), options, upper))
         joined = [torch.cat(tensors) for tensors in zip(*parts, strict=True)]
     lower, top, below, above, residual = joined
+    if bool(lower.isnan().any() | top.isnan().any()):
+        raise ValueError(
+            f"model: sums overflow in {options.method!r}, so that nothing is proved; its weights or the "
+            "inputs are too large."
+        )
     return Bounds(
         lower, torch.maximum(lower, top), below, above, options.method, True, residual,
         time.perf_counter() - start,
@@ -193,6 +200,7 @@ def options_of(
             raise ValueError(f"{name}: got {value!r}, expected an integer >= 0.")
     if isinstance(seconds, bool) or not isinstance(seconds, int | float) or not seconds > 0:
         raise ValueError(f"seconds: got {seconds!r}, expected a positive number.")
+    solver = get_solver(solver)
     if sizes is not None and method != "sensitivity":
         raise ValueError(f"sizes: they are for method='sensitivity', got method={method!r}.")
     return Options(

@@ -40,10 +40,25 @@ def margins(
 
     Args:
         model, region, method, around, options: as in `bounds`.
-        labels: # (m,)
+        labels: of each sample.  # (m,)
+
+    Raises:
+        TypeError, ValueError: as `bounds`; or labels that are no classes of the model, or not one a
+            sample.
+
+    Example:
+        >>> import torch, implicitdl
+        >>> from implicitdl.certify import margins
+        >>> from implicitdl.robust import Ball
+        >>> layer, u = implicitdl.ImplicitLayer(4, 3, 8), torch.randn(2, 4)
+        >>> ball = Ball(radius=0.01, norm="inf", dimension=4)
+        >>> margins(layer, ball, torch.tensor([0, 2]), around=u).shape
+        torch.Size([2, 3])
     """
     q = as_model(model).outputs
-    check_labels(labels, q)
+    counts = [len(t) for t in (around,) if isinstance(t, Tensor) and t.dim() == 2]
+    counts += [region.lead[0]] if isinstance(region, UncertaintySet) and region.lead else []
+    check_labels(labels, q, max(counts, default=1))
     rows, others = pair_rows(labels, q, torch.empty(0, dtype=torch.float64, device=labels.device))
     found = bounded(model, region, around, rows, options_of(method, **options), False).lower
     out = found.new_full((len(labels), q), math.inf)
@@ -86,8 +101,18 @@ def worst_inputs(
         return region.worst(-found.coefficient)
 
 
-def check_labels(labels: Tensor, classes: int) -> None:
-    """Refuse a class that the model does not have."""
+def check_labels(labels: Tensor, classes: int, samples: int) -> None:
+    """Refuse what is not one class of the model for each sample."""
+    whole = isinstance(labels, Tensor) and not (
+        labels.is_floating_point() or labels.is_complex() or labels.dtype == torch.bool
+    )
+    if not whole or tuple(labels.shape) != (samples,):
+        got = (
+            f"{labels.dtype} {tuple(labels.shape)}" if isinstance(labels, Tensor) else repr(labels)
+        )
+        raise ValueError(f"labels: got {got}, expected integers ({samples},), one a sample.")
+    if len(labels) and int(labels.min()) < 0:
+        raise ValueError(f"labels: got {int(labels.min())}, expected class numbers >= 0.")
     if len(labels) and int(labels.max()) >= classes:
         raise ValueError(
             f"labels: got class {int(labels.max())}, the model has {classes} outputs, 0..{classes - 1}."

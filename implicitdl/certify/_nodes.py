@@ -29,6 +29,7 @@ class Linear:
     rows: int
     columns: int
     matrix: Tensor | None  # where the operator is one small enough
+    like: Tensor  # of the dtype and on the device of the others
 
     @classmethod
     def of(cls, op: Operator, like: Tensor) -> "Linear":
@@ -37,12 +38,13 @@ class Linear:
         matrix = op.matrix if len(op.in_shape) == len(op.out_shape) == 1 else None
         if matrix is not None:
             matrix = matrix.to(like)
-        return cls(op, rows, columns, matrix)
+        return cls(op, rows, columns, matrix, like.new_empty(0))
 
     @classmethod
     def of_matrix(cls, matrix: Tensor) -> "Linear":
         """x -> matrix x."""
-        return cls(Dense(matrix), matrix.shape[0], matrix.shape[1], matrix)
+        rows, columns = matrix.shape
+        return cls(Dense(matrix), rows, columns, matrix, matrix.new_empty(0))
 
     @functools.cached_property
     def size(self) -> Operator:
@@ -82,7 +84,7 @@ class Linear:
             return self.matrix
         if self.rows * self.columns > DENSE_LIMIT // 16:
             return None
-        return self.op.dense()
+        return self.op.dense(dtype=self.like.dtype, device=self.like.device).to(self.like)
 
     @functools.cached_property
     def norm2(self) -> float:
@@ -211,9 +213,9 @@ class Graph:
 
 def finite(affine: Affine, node: Node | None) -> None:
     """Refuse NaN and infinite weights, naming the block."""
-    tensors = [affine.bias, *(M.matrix for _, M in affine.terms if M.matrix is not None)]
+    tensors = [affine.bias, *(t for _, M in affine.terms for t in M.op.tensors())]
     if node is not None and node.A is not None:
         tensors.append(node.A)
-    if not all(bool(torch.isfinite(t).all()) for t in tensors):
+    if not all(bool(torch.isfinite(t).all()) for t in tensors if t.is_floating_point()):
         name = "the output" if node is None else f"block {node.name}"
         raise ValueError(f"model: {name} has NaN or infinite weights, expected finite ones.")

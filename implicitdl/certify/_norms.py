@@ -223,7 +223,11 @@ def lipschitz_lower(query: Query, context: Context) -> tuple[Tensor, list[Span]]
         halves.append(torch.minimum(top[j], point.euclidean)[:, None].expand_as(point.x))
     if any(not bool(torch.isfinite(h).all()) for h in halves):
         bad = next(k for k, h in enumerate(halves) if not bool(torch.isfinite(h).all()))
-        loop = loops[bad] or next(x for x in loops if x is not None)
+        loop = loops[bad] or next((x for x in loops if x is not None), None)
+        if loop is None:
+            raise ValueError(
+                f"method: 'lipschitz' overflows at {graph.nodes[bad].name}: its weights are too large."
+            )
         raise ValueError(
             f"method: 'lipschitz' has no constant for {graph.nodes[bad].name}: matrix measure and "
             f"||A||_inf = {float(loop.size.sum(1).max()):.4g} are not below 1/L = {1 / loop.slope:.4g}, "

@@ -45,7 +45,7 @@ class Region:
         if not isinstance(region, UncertaintySet):
             raise TypeError(
                 f"region: got {type(region).__name__}, expected an UncertaintySet of "
-                "implicitdl.robust, for instance Ball(center, radius, p=math.inf)."
+                "implicitdl.robust, for instance Ball(radius=0.1, norm='inf', dimension=p)."
             )
         if region.dimension != p:
             raise ValueError(

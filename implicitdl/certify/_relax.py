@@ -125,14 +125,16 @@ def _homogeneous(phi: Activation, low: Tensor, high: Tensor) -> Lines:
     a, b = float(phi(one)), -float(phi(-one))
     unstable = (low < 0) & (high > 0)
     width = torch.where(unstable, high - low, 1.0)
-    slope = torch.where(low >= 0, a, b)
+    # Of two numbers `where` makes a tensor of the default dtype, in which a slope may be rounded.
+    rising = torch.full_like(low, a)
+    slope = torch.where(low >= 0, rising, b)
     # A chord a little higher at both ends than the exact one.
     chord = (a * high - b * low) / width
     end = torch.maximum(high.abs(), low.abs())
     rise = 8 * EPS * (abs(a) + abs(b)) * end
     steep, flat = max(a, b), min(a, b)
     # The nearer of the two slopes, as CROWN chooses it.
-    adaptive = torch.where(high > -low, a, b)
+    adaptive = torch.where(high > -low, rising, b)
     outer = torch.where(unstable, chord, slope)
     inner = torch.where(unstable, adaptive, slope)
     offset = torch.where(unstable, a * high - chord * high, 0.0)

@@ -1,6 +1,7 @@
 """A long run over many samples: its results on disk, its share of the work, its progress."""
 
 import hashlib
+import json
 import math
 import os
 import sys
@@ -11,7 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ._graph import known
+from ..operators import read, weights
+from ._graph import as_model, known
 
 
 class State:
@@ -27,6 +29,7 @@ class State:
         self.margins = torch.full((samples, classes), math.nan, dtype=torch.float64, device=device)
         self.seconds = torch.zeros(samples, dtype=torch.float64, device=device)
         self.parts: dict[str, float] = {}
+        self.refused: dict[str, str] = {}  # method -> why it does not apply
 
     def clock(self, name: str) -> "Clock":
         """A block whose seconds count for `name`."""
@@ -37,7 +40,8 @@ class State:
         from safetensors.torch import save_file
 
         tensors = {name: getattr(self, name).cpu().contiguous() for name in self.NAMES}
-        save_file(tensors, file + ".new", metadata={"run": mark})
+        header = {"run": mark, "refused": json.dumps(self.refused)}
+        save_file(tensors, file + ".new", metadata=header)
         os.replace(file + ".new", file)
 
     def read(self, file: str, mark: str) -> None:
@@ -46,18 +50,29 @@ class State:
         Raises:
             ValueError: the file is of another run.
         """
-        from safetensors import safe_open
+        from safetensors import SafetensorError, safe_open
 
+        folder = os.path.dirname(file) or "."
+        if not os.path.isdir(folder):
+            raise FileNotFoundError(f"path: {file}: there is no folder {folder}.")
         if not os.path.exists(file):
             return
-        with safe_open(file, "pt") as held:
-            if (held.metadata() or {}).get("run") != mark:
-                raise ValueError(
-                    f"path: {file} holds the results of another run (other weights, data or "
-                    "options); choose another file or delete it."
-                )
-            for name in self.NAMES:
-                getattr(self, name).copy_(held.get_tensor(name))
+        try:
+            with safe_open(file, "pt") as held:
+                header = held.metadata() or {}
+                if header.get("run") != mark:
+                    raise ValueError(
+                        f"path: {file} holds the results of another run (other weights, data or "
+                        "options); choose another file or delete it."
+                    )
+                for name in self.NAMES:
+                    getattr(self, name).copy_(held.get_tensor(name))
+                refused = json.loads(header["refused"])
+                self.refused.update({str(key): str(value) for key, value in refused.items()})
+        except (SafetensorError, KeyError, AttributeError, RuntimeError) as error:
+            raise ValueError(
+                f"path: {file} is no file of `certify_accuracy` ({error}); choose another one."
+            ) from error
 
     def gather(self) -> None:
         """The shares of all processes together: each sample was done by one."""
@@ -127,11 +142,15 @@ def fingerprint(model: Any, u: Tensor, labels: Tensor, *rest: Any) -> str:
     """Of the weights, the data and all options, so that no file is read for another run."""
     mark = hashlib.sha256(repr(rest).encode())
     graph, _ = known(model)
-    tensors = [u, labels, graph.output.bias]
-    for row, A in [(n.row, n.A) for n in graph.nodes] + [(graph.output, None)]:
-        tensors += [row.bias] + ([] if A is None else [A])
-        probe = torch.linspace(-1, 1, max([M.columns for _, M in row.terms], default=1))
-        tensors += [M.apply(probe[: M.columns].to(row.bias)[None]) for _, M in row.terms]
-    for t in tensors:
-        mark.update(t.detach().cpu().contiguous().numpy().tobytes())
+    for node in graph.nodes:
+        terms = [(j, repr(M.op)) for j, M in node.row.terms]
+        mark.update(repr((node.name, node.parts, node.natural, terms)).encode())
+    whole = as_model(model)
+    if whole.structure is None:
+        own = [getattr(whole, name) for name in "ABCDbd"] + [read(w) for w in weights(whole.phi)]
+    else:
+        own = [read(w) for w in weights(whole.structure)]
+    for t in (u, labels, *own):
+        mark.update(f"{t.dtype}{tuple(t.shape)}".encode())
+        mark.update(t.detach().cpu().contiguous().view(torch.uint8).numpy().tobytes())
     return mark.hexdigest()

@@ -4,7 +4,7 @@ import math
 import os
 import time
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -13,7 +13,7 @@ from torch import Tensor
 from ..solution import unknown_name
 from ._bounds import MARGIN, METHODS, OPTIONS, READS, options_of, stages
 from ._graph import as_model
-from ._margins import ball, check_labels, margins, pair_rows
+from ._margins import ball, margins, pair_rows
 from ._run import State, fingerprint, share_of_work, shown
 from .attacks import checked, margin_of, pgd, relaxation_attack, sparse_attack
 
@@ -32,6 +32,7 @@ class Report:
             that saw them; NaN for the others, infinite for the label.  # (N, q)
         seconds: of each sample.  # (N,)
         parts: seconds by what was done: "clean", an attack, a method.
+        refused: method -> why it was left out.
     """
 
     radius: float
@@ -43,6 +44,7 @@ class Report:
     margins: Tensor
     seconds: Tensor
     parts: dict[str, float]
+    refused: dict[str, str] = field(default_factory=dict)
 
     @property
     def clean_accuracy(self) -> float:
@@ -131,15 +133,14 @@ def certify_accuracy(
     for name in attacks:
         if name not in ATTACKS:
             raise unknown_name("attacks", name, ATTACKS)
-    if "sparse" in attacks and k is None:
-        raise ValueError("k: got None, expected how many inputs the sparse attack may change.")
+    if "sparse" in attacks and (type(k) is not int or k < 1):
+        raise ValueError(f"k: got {k!r}, expected how many inputs the sparse attack may change.")
     if type(batch_size) is not int or batch_size < 1:
         raise ValueError(f"batch_size: got {batch_size!r}, expected an integer >= 1.")
     if not isinstance(radius, int | float) or not 0 <= radius < math.inf:
         raise ValueError(f"radius: got {radius!r}, expected a finite number >= 0.")
-    checked(u, labels, radius, norm, clip)
     q = as_model(model).outputs
-    check_labels(labels, q)
+    checked(u, labels, radius, norm, clip, q)
     rank, world = share_of_work()
     state = State(len(u), q, u.device)
     mark = fingerprint(
@@ -151,7 +152,7 @@ def certify_accuracy(
         state.read(file, mark)
     own = torch.arange(rank, len(u), world, device=u.device)
     todo = own[~state.done[own]]
-    refused: dict[str, str] = {}
+    refused = state.refused
     for index in shown(todo.split(batch_size), progress and rank == 0):
         if not len(index):
             continue
@@ -170,7 +171,7 @@ def certify_accuracy(
         raise ValueError("method: none applies to this model. " + " ".join(refused.values()))
     return Report(
         float(radius), str(norm), tuple(m for m in methods if m not in refused), state.correct,
-        state.certified, state.broken, state.margins, state.seconds, state.parts,
+        state.certified, state.broken, state.margins, state.seconds, state.parts, dict(refused),
     )  # fmt: skip
 
 
@@ -197,7 +198,7 @@ def _batch(
                     generator=generator,
                 )  # fmt: skip
             elif name == "sparse":
-                found = sparse_attack(model, few, own, radius, int(k or 1), clip=clip,
+                found = sparse_attack(model, few, own, radius, int(k or 0), clip=clip,
                                       generator=generator)  # fmt: skip
             else:
                 found = relaxation_attack(model, few, own, radius, norm, clip=clip)
@@ -263,11 +264,25 @@ def robust_radius(
     Returns:
         (certified, attacked): the largest radius proved, 0 where the answer at u is wrong, and the
         smallest at which an attack succeeded, infinite where none did up to `most`.  # (m,) each
+
+    Raises:
+        TypeError, ValueError: as `bounds`; or arguments out of range.
+
+    Example:
+        >>> import torch, implicitdl
+        >>> from implicitdl.certify import robust_radius
+        >>> layer, u = implicitdl.ImplicitLayer(4, 3, 8), torch.randn(2, 4)
+        >>> proved, broken = robust_radius(layer, u, torch.tensor([0, 2]))
+        >>> bool((proved <= broken).all())
+        True
     """
-    checked(u, labels, most, norm, clip)
-    if not most > 0:
+    checked(u, labels, most, norm, clip, as_model(model).outputs)
+    if isinstance(most, bool) or not isinstance(most, int | float) or not most > 0:
         raise ValueError(f"most: got {most!r}, expected a positive number.")
-    check_labels(labels, as_model(model).outputs)
+    if type(bisections) is not int or bisections < 1:
+        raise ValueError(f"bisections: got {bisections!r}, expected an integer >= 1.")
+    if not len(u):
+        raise ValueError("u: got no inputs, expected one at least.")
     m = len(u)
     kind: dict[str, Any] = {"dtype": torch.float64, "device": u.device}
     low, high = torch.zeros(m, **kind), torch.full((m,), float(most), **kind)

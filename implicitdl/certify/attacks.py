@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..robust import UncertaintySet
 from ..solution import unknown_name
-from ._margins import worst_inputs
+from ._margins import check_labels, worst_inputs
 from ._sensitivity import sensitivity
 
 Model = Callable[[Tensor], Tensor]
@@ -94,8 +94,8 @@ def pgd(
         model, u, labels, radius, norm, clip: as in `fgsm`.
         steps: of each restart.
         restarts: how many; the first starts at u unless `random_start`.
-        step_size: a share of the radius; None for 2.5 / steps, shrinking to none at the end where
-            steps are at least 0.1.
+        step_size: a share of the radius; None for 0.25, falling linearly, and never below
+            2.5 / steps.
         random_start: whether restarts start at random points of the ball.
         start: where the first restart starts.  # (m, p)
         mask: which inputs may move.  # (m, p) bool
@@ -311,7 +311,7 @@ def _clipped(x: Tensor, clip: tuple[float, float] | None) -> Tensor:
 
 def checked(
     u: Tensor, labels: Tensor, radius: "float | Tensor", norm: "str | int",
-    clip: tuple[float, float] | None,
+    clip: tuple[float, float] | None, outputs: int = 1 << 62,
 ) -> Tensor:  # fmt: skip
     """The radius of each sample, all arguments checked.  # (m,)"""
     if not isinstance(u, Tensor) or not u.is_floating_point() or u.dim() != 2:
@@ -321,18 +321,9 @@ def checked(
     if len(bad):
         at = tuple(bad[0].tolist())
         raise ValueError(f"u: got {float(u[at])} at index {at}, expected finite numbers.")
-    if (
-        not isinstance(labels, Tensor)
-        or labels.is_floating_point()
-        or labels.dtype == torch.bool
-        or labels.shape != u.shape[:1]
-    ):
-        got = tuple(labels.shape) if isinstance(labels, Tensor) else type(labels).__name__
-        raise ValueError(f"labels: got {got}, expected integers ({len(u)},), one a sample.")
-    if len(labels) and int(labels.min()) < 0:
-        raise ValueError(f"labels: got {int(labels.min())}, expected class numbers >= 0.")
-    if norm not in NORMS:
-        raise unknown_name("norm", norm, map(str, NORMS))
+    check_labels(labels, outputs, len(u))
+    if norm not in NORMS or type(norm) is float:
+        raise ValueError(f"norm: got {norm!r}, expected 'inf' or the number 2.")
     r = torch.as_tensor(radius, dtype=u.dtype, device=u.device)
     if (
         r.dim() > 1

@@ -9,6 +9,7 @@ Reference: Gowal et al. (2018), interval training; Zhang et al. (2020), CROWN-IB
 """
 
 import math
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -22,8 +23,9 @@ from ..solution import unknown_name
 from ._graph import Affine, Graph, Linear, Node, as_model, graph_of
 from ._interval import doubled_equilibrium
 from ._loops import Loop
+from ._margins import pair_rows
 from ._region import INPUT
-from .accuracy import pair_rows
+from .attacks import checked
 
 METHODS = ("crown", "interval", "lipschitz")
 NORMS = ("inf", 2)
@@ -51,15 +53,18 @@ def robust_loss(
         x: inputs.  # (m, p)
         y: labels.  # (m,)
         norm: "inf" or 2.
-        method: "interval"; "crown", with the ranges of pre-activations by intervals; or "lipschitz",
-            ||c_i - c_j|| ||B|| / m for a `MonotoneLayer` and the 2-norm, or its infinity-norm twin.
+        method: "interval"; "crown", with the ranges of pre-activations by intervals, and lines for
+            ReLU and its kind (for other activations, constants: the loss of "interval"); or
+            "lipschitz", ||c_i - c_j|| ||B|| / m for a `MonotoneLayer` and the 2-norm, or its
+            infinity-norm twin.
         clip: range of the inputs, for the infinity norm.
 
     Returns:
         The mean over the batch, differentiable.
 
     Raises:
-        ValueError: data that do not fit, or a loop that has no interval bound.
+        ValueError: data that do not fit (NaN is named by its index), or a loop that has no interval
+            bound.
 
     Example:
         >>> import torch, implicitdl
@@ -79,14 +84,20 @@ def worst_margins(
 ) -> Tensor:  # fmt: skip
     """Differentiable lower bounds of y_label - y_j over the ball, for the other j in order.
 
+    Args:
+        model, radius, x, y, norm, method, clip: as in `robust_loss`.
+
     Returns:
         # (m, q - 1), in the dtype of x
+
+    Raises:
+        ValueError: as `robust_loss`.
     """
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
-    if norm not in NORMS:
-        raise unknown_name("norm", norm, map(str, NORMS))
-    x = x.flatten(1) if x.dim() > 2 else x
+    x = x.flatten(1) if isinstance(x, Tensor) and x.dim() > 2 else x
+    checked(x, y, radius.detach() if isinstance(radius, Tensor) else radius, norm, clip,
+            as_model(model).outputs)  # fmt: skip
     if method == "lipschitz":
         return _lipschitz_margins(model, radius, x, y, norm)
     graph = graph_of(model, dtype=x.dtype, detach=False)
@@ -136,7 +147,9 @@ def _gain(model: Any, norm: "str | int") -> tuple[ImplicitModel, Tensor]:
                 f"model: got {type(model).__name__} with norm=2, expected a MonotoneLayer, whose "
                 "margin is known; take norm='inf'."
             )
-        return f, torch.linalg.matrix_norm(f.B, 2) / model.margin
+        # |dx|^2 / L <= dx'dz = dx'(A dx + dv) <= (1 - m) |dx|^2 + |dx| |dv|.
+        rest = 1 / f.phi.lipschitz - (1 - model.margin)
+        return f, torch.linalg.matrix_norm(f.B, 2) / rest
     A, B = f.A.abs().sum(1).amax(), f.B.abs().sum(1).amax()
     L = f.phi.infinity_lipschitz
     if not math.isfinite(L) or (L * A).item() >= 1:
@@ -212,8 +225,6 @@ def _spans(graph: Graph, ball: tuple[Tensor, Tensor], norm: Any) -> list[tuple[B
 
 
 def _detached(node: Node) -> Node:
-    from dataclasses import replace
-
     return replace(node, A=node.A.detach().double())
 
 
@@ -329,7 +340,7 @@ def lipschitz_penalty(model: Any, norm: "str | int" = "inf") -> Tensor:
     """A Lipschitz constant of u -> y, differentiable.
 
     In the infinity norm ||C|| ||B|| L / (1 - L ||A||) + ||D||; in the 2-norm, for a `MonotoneLayer`,
-    ||C|| ||B|| / m + ||D||, m its margin.
+    ||C|| ||B|| / (1/L - 1 + m) + ||D||, m its margin, which for ReLU is ||C|| ||B|| / m + ||D||.
 
     Args:
         model: an ImplicitModel of matrices, an ImplicitLayer or a MonotoneLayer.

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 from torch.nn import functional as F
 
 from ._base import DENSE_LIMIT, Operator, Weight, added, read, require_small
@@ -122,6 +123,9 @@ class Sparse(Operator):
 
 def _product(values: Tensor, x: Tensor, op: Sparse, turned: bool) -> Tensor:
     x = x.to(values.dtype)  # under autocast they may differ
+    kind = values.dtype
+    if kind in (torch.float16, torch.bfloat16):  # of which torch has no sparse product on a CPU
+        return _product(values.float(), x.float(), op, turned).to(kind)
     if torch.is_grad_enabled() and (values.requires_grad or x.requires_grad):
         return _Product.apply(values, x, op, turned)  # type: ignore[no-any-return]
     return _multiplied(values, x, op, turned)
@@ -136,8 +140,9 @@ def _multiplied(values: Tensor, x: Tensor, op: Sparse, turned: bool) -> Tensor:
         crow, column, values = turned_crow, turned_column, values[order]
     if not values.numel() or not len(x):
         return x.new_zeros(len(x), shape[0])
-    W = torch.sparse_csr_tensor(crow, column, values, shape, check_invariants=False)
-    return torch.sparse.mm(W, x.mT.contiguous()).mT
+    with torch.autocast(x.device.type, enabled=False):  # which would make them halves
+        W = torch.sparse_csr_tensor(crow, column, values, shape, check_invariants=False)
+        return torch.sparse.mm(W, x.mT.contiguous()).mT
 
 
 class _Product(torch.autograd.Function):
@@ -167,7 +172,12 @@ class _Product(torch.autograd.Function):
 
 
 def _hidden() -> bool:
-    return torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active()
+    """Whether torch is to see a product that it can differentiate forward, batch or compile."""
+    return (
+        torch.compiler.is_compiling()
+        or torch._C._are_functorch_transforms_active()
+        or forward_ad._current_level >= 0
+    )
 
 
 @functools.cache

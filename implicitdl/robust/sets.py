@@ -1,7 +1,7 @@
 """Uncertainty sets of a centre and a size: boxes, balls of three norms, ellipsoids."""
 
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
@@ -145,6 +145,12 @@ class Ball(UncertaintySet):
             )
         for name, value in (("norm", norm), ("radius", radius), ("dimension", k)):
             object.__setattr__(self, name, value)
+
+    def to(self, like: Tensor) -> "Ball":
+        out: Ball = super().to(like)
+        if out.dtype == like.dtype:
+            return out
+        return replace(out, centre=like.new_zeros(self.dimension))  # numbers alone have no dtype
 
     @property
     def _size(self) -> Tensor:

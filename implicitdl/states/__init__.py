@@ -17,12 +17,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..convert import to_implicit
 from ..layers import ImplicitLayer
 from ..model import ImplicitModel
 from ..model.wiring import structured
 from . import assembly, fitting
-from .checks import check_data, check_model, check_targets, checked_options
+from .checks import (
+    check_data,
+    check_model,
+    check_samples,
+    check_targets,
+    checked_options,
+    converted,
+)
 from .penalties import L1, Group, LowRank, Penalty, Perspective
 from .recording import Sharing, exact
 from .report import FitReport, scores
@@ -67,7 +73,7 @@ def fit_states(
 
     Args:
         network: anything that `to_implicit` converts, in eval mode; or an ImplicitModel.
-        data: inputs to record the states at; a few thousand do.
+        data: inputs to record the states at, in any floating dtype; a few thousand do.
         targets: labels or numbers, for the report alone.
         kappa: the bound on A, in (0, 1). A smaller one costs no accuracy where the states can be
             scaled, and makes the equilibrium quicker to find.
@@ -76,7 +82,8 @@ def fit_states(
             `Group` and `LowRank`.
         connections: "all"; or "upper" for no feedback, states read only those evaluated before
             them, and A has no loop where the network has none.
-        refit: least squares on the support in the end, without the penalty's shrinkage.
+        refit: least squares on the support in the end, without the penalty's shrinkage; of all
+            solutions the shortest, in units of deviations.
         shard: None, "samples" or "rows".
         group: of torch.distributed; None for all processes.
 
@@ -84,12 +91,13 @@ def fit_states(
         The layer, in the network's dtype, and the report.
 
     Raises:
-        ValueError: data with NaN (the sample is named), targets of the wrong shape, labels out of
-            range, kappa outside (0, 1), an unknown choice, or activations that no bound kappa < 1
+        ValueError: data with NaN (the sample is named) or that the network does not take, targets of
+            the wrong shape, labels out of range, kappa outside (0, 1), an unknown choice, or activations that no bound kappa < 1
             makes well-posed.
         TypeError: data or targets are no tensors, or the penalty is none.
         ConversionError: the network is not of the form of an implicit model.
-        ConvergenceError: the states are too nearly dependent for so small a weight.
+        ConvergenceError: the states are too nearly dependent for so small a weight, or kappa is so
+            near to 1 that the states of the new layer were not found; in any process, in all.
 
     Example:
         >>> import torch, implicitdl
@@ -105,9 +113,11 @@ def fit_states(
     error: Exception | None = None
     try:
         check_data(data, least=1 if shard == "samples" else 2)
-        own = isinstance(network, ImplicitModel)
-        model: ImplicitModel = network if own else to_implicit(network, data[:1])  # type: ignore
+        model = network
+        if not isinstance(model, ImplicitModel):
+            model, data = converted(model, data)
         f = structured(model)
+        data = check_samples(f, data)
         check_model(f, options.kappa)
         check_targets(targets, len(data), f.outputs)
     except Exception as refused:  # noqa: BLE001 - the other processes are told before it is raised

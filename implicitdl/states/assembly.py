@@ -10,26 +10,31 @@ from ..wellposed import InfNormBall, PerronFrobenius, WellPosedSet
 from .fitting import Fitted
 
 
-def seen(A: Tensor, C: Tensor, phi: Activation) -> Tensor:
-    """The states that the outputs read, themselves or through others; at least one.  # (k,)
+def reaching(A: Tensor, C: Tensor, phi: Activation) -> Tensor:
+    """Which states the outputs read, themselves or through others.  # (n,) bool
 
     States that an activation couples stay together.
     """
-    found = (C != 0).any(0)
-    reads = A != 0
-    size, group = [], 0
+    groups: list[int] = []
     for part, count in phi.blocks(A.shape[0]):
-        size += [group] * count if not part.entrywise else list(range(group, group + count))
-        group = size[-1] + 1
-    groups = torch.tensor(size, device=A.device)
+        first = groups[-1] + 1 if groups else 0
+        groups += range(first, first + count) if part.entrywise else [first] * count
+    group = torch.tensor(groups, device=A.device)
+    found, reads = (C != 0).any(0), A != 0
     while True:
         new = found | reads[found].any(0)
-        new = torch.isin(groups, groups[new])
+        new = torch.isin(group, group[new])
         if bool((new == found).all()):
-            break
+            return found
         found = new
+
+
+def seen(A: Tensor, C: Tensor, phi: Activation) -> Tensor:
+    """The numbers of these states; those of the first part of phi where there is none.  # (k,)"""
+    found = reaching(A, C, phi)
     if not bool(found.any()):
-        found = groups == 0
+        part, count = phi.blocks(A.shape[0])[0]
+        found[: 1 if part.entrywise else count] = True
     return found.nonzero().flatten()
 
 
@@ -75,8 +80,9 @@ def layer(found: Fitted, f: Structure, kappa: float) -> ImplicitLayer:
     else:
         well_posed = PerronFrobenius(kappa, weights=v)
     _require_range(kind.dtype, A=A, B=B, C=C, b=b)
-    # Rounding to the dtype, and its own sums of a row, stay below kappa.
-    aim = kappa * (1 - 4 * len(kept) * torch.finfo(kind.dtype).eps)
+    # Rounding to the dtype, and sums of a row in float32 at least, stay below kappa.
+    fine = torch.finfo(torch.promote_types(kind.dtype, torch.float32)).eps
+    aim = kappa * (1 - torch.finfo(kind.dtype).eps - 4 * len(kept) * fine)
     rank = None if L is None or L.shape[1] >= len(kept) else L.shape[1]
     new = ImplicitLayer(
         B.shape[1], C.shape[0], len(kept), activation=phi, well_posed=well_posed,
@@ -91,6 +97,9 @@ def layer(found: Fitted, f: Structure, kappa: float) -> ImplicitLayer:
         values |= {"L": L * shrink / balance, "R": R * balance}
     for name, value in values.items():
         getattr(new, name).data.copy_(value)
+    if rank is not None:  # the product of the rounded factors is rounded again
+        length = ((new.L @ new.R.mT).detach().double().abs() * v).sum(1) / v
+        new.L.data.mul_((aim / length.clamp_min(1e-300)).clamp(max=1.0)[:, None])
     return new
 
 

@@ -3,12 +3,13 @@
 from dataclasses import dataclass, replace
 from typing import Any
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from .._samples import require_finite_samples, require_labels
 from .._sharing import require_initialised
-from ..model import Structure
-from ..solution import unknown_name
+from ..convert import to_implicit
+from ..model import ImplicitModel, Structure
+from ..solution import ImplicitDLError, unknown_name
 from ..wellposed import InfNormBall, PerronFrobenius
 from .penalties import L1, LowRank, Penalty
 
@@ -86,6 +87,45 @@ def check_data(data: Any, least: int) -> None:
             f"(samples, *input) with at least {least} samples."
         )
     require_finite_samples("data", data)
+
+
+def converted(network: nn.Module, data: Tensor) -> tuple[ImplicitModel, Tensor]:
+    """The network as a model, and the data in its dtype.
+
+    Raises:
+        ValueError: it does not take such data.
+        ConversionError: it is not of the form of an implicit model.
+    """
+    floats = [t.dtype for t in network.parameters() if t.is_floating_point()]
+    if floats and floats[0] != data.dtype:
+        data = data.to(floats[0])
+        require_finite_samples(f"data (in {floats[0]}, as the network)", data)
+    try:
+        return to_implicit(network, data[:1]), data
+    except (RuntimeError, ValueError) as error:
+        if isinstance(error, ImplicitDLError):
+            raise
+        raise ValueError(
+            f"data: the network does not take samples of shape {tuple(data.shape[1:])} in "
+            f"{data.dtype} on {data.device}: {error}"
+        ) from error
+
+
+def check_samples(f: Structure, data: Tensor) -> Tensor:
+    """The data in the model's dtype.
+
+    Raises:
+        ValueError: samples of another size.
+    """
+    if data[0].numel() != f.inputs:
+        raise ValueError(
+            f"data: got samples of shape {tuple(data.shape[1:])}, expected {f.inputs} numbers each, "
+            f"of shape {tuple(f.input_shape)}, as the model reads."
+        )
+    if f.example is not None and f.example.dtype != data.dtype:
+        data = data.to(f.example.dtype)
+        require_finite_samples(f"data (in {f.example.dtype}, as the model)", data)
+    return data
 
 
 def check_targets(targets: Any, samples: int, outputs: int) -> None:

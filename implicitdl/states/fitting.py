@@ -8,6 +8,7 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..model import ImplicitModel, Structure
+from ..solution import ConvergenceError
 from .checks import Options
 from .lowrank import fit_low_rank
 from .penalties import LowRank, Penalty
@@ -17,12 +18,14 @@ from .recording import (
     chunks,
     contraction_weights,
     evaluation_order,
+    found_at,
     gather,
     teacher,
 )
-from .rows import RowProgram, least_squares
+from .rows import RowProgram
+from .unique import least_squares, shortest
 
-_DEAD = 1e-12  # a deviation below this share of the largest is none
+_DEAD = 1e-12  # a deviation below this share of the largest, or of its own mean, is none
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -86,13 +89,13 @@ def normed(
 ) -> Normed:
     """The rows of z = F w + b: the bias, free, is taken out by the means, exactly."""
 
-    def deviations(squares: Tensor) -> tuple[Tensor, Tensor]:
+    def deviations(squares: Tensor, about: Tensor) -> tuple[Tensor, Tensor]:
         s = (squares / moments.count).sqrt()
-        live = s > _DEAD * s.max()
+        live = s > _DEAD * torch.maximum(s.max(), about.abs())
         return torch.where(live, s, 1.0), live
 
-    unit, live = deviations(moments.gram.diagonal())
-    scale, moving = deviations(moments.energy)
+    unit, live = deviations(moments.gram.diagonal(), moments.mean)
+    scale, moving = deviations(moments.energy, moments.aim)
     may = live.expand(len(scale), -1) & moving[:, None]
     if allowed is not None:
         may = may & allowed
@@ -159,10 +162,13 @@ def fit(f: Structure, data: Tensor, options: Options, refit: bool, sharing: Shar
     A, B = raw[:, :n], raw[:, n:]
     found = ImplicitModel(A, B, A[:0].new_zeros(1, n), None, b, None, f.phi)
 
+    ball = f"||A||_inf <= {options.kappa:.9g}"
+
     def regenerated() -> Iterator[tuple[Tensor, Tensor]]:
         for part in chunks(f, data):
             y = teacher(f, part)[2]
-            x = found.solve(part.flatten(1)).value
+            at = part.flatten(1)
+            x = found_at(ball, lambda at=at: found.solve(at).value)  # type: ignore[misc]
             yield torch.cat([x, part.flatten(1)], 1), y
 
     second = gather(regenerated(), sharing, (n + p, q), u)
@@ -183,13 +189,26 @@ def _solve(
     rows = len(program.energy)
     _ = program.spectrum  # once, for all rows
     own = program.rows(sharing.own(rows))
-    solution = own.solve(penalty)
-    W, steps = solution.W, solution.steps
-    if refit and not penalty.nothing:
-        again = least_squares(own, W)
-        W, steps = again.W, (steps[0], steps[1] + again.steps[1])
+
+    def solved() -> tuple[Tensor, Tensor, Tensor | None, tuple[int, int]]:
+        allowed = torch.ones_like(own.cross, dtype=torch.bool)
+        if own.allowed is not None:
+            allowed = own.allowed
+        if penalty.nothing:
+            found = least_squares(own, allowed)
+            return found.W, found.objective, found.gap, found.steps
+        found = own.solve(penalty)
+        W, (split, newton) = found.W, found.steps
+        if penalty.entrywise:
+            W, more = shortest(own, penalty, W)
+            newton += more
+        if refit:
+            again = least_squares(own, W != 0)
+            W, newton = again.W, newton + again.steps[1]
+        return W, found.objective, found.gap, (split, newton)
+
+    W, objective, gap, steps = sharing.together(solved, ConvergenceError)
     share = (2 * own.fit(W) / own.energy.clamp_min(torch.finfo(W.dtype).tiny)).sqrt()
-    objective, gap = solution.objective, solution.gap
     W, share = sharing.whole(W, rows), sharing.whole(share, rows)
     if objective.dim():
         objective = sharing.whole(objective, rows)

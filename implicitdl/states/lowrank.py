@@ -6,18 +6,19 @@ import torch
 from torch import Tensor
 
 from ..convex import QuadraticProgram
+from ..solution import ConvergenceError
 from .recording import Sharing
 
 if TYPE_CHECKING:
     from .fitting import Normed
 
-_CUT = 1e-10  # of eigenvalues, relative to the largest
+_CUT = 1e-9  # eigenvalues below this share of the largest variance are rounding
 
 
-def _powers(S: Tensor) -> tuple[Tensor, Tensor]:
+def _powers(S: Tensor, largest: Tensor) -> tuple[Tensor, Tensor]:
     """S^-1 and S^-1/2 on the range of S >= 0."""
     values, Q = torch.linalg.eigh((S + S.mT) / 2)
-    live = values > _CUT * values.amax().clamp_min(1e-300) if values.numel() else values > 0
+    live = values > _CUT * largest.clamp_min(1e-300)
     inverse = torch.where(live, 1 / values.clamp_min(1e-300), 0.0)
     return (Q * inverse) @ Q.mT, (Q * inverse.sqrt()) @ Q.mT
 
@@ -40,15 +41,20 @@ def fit_low_rank(
         G = G * live * live[:, None]
         H = H * live
     Gxx, Gxu, Guu = G[:n, :n], G[:n, n:], G[n:, n:]
-    inverse, _ = _powers(Guu)
+    largest = G.diagonal().amax()
+    inverse, _ = _powers(Guu, largest)
     S = Gxx - Gxu @ inverse @ Gxu.mT
     T = H[:, :n] - H[:, n:] @ inverse @ Gxu.mT
-    _, root = _powers(S)
+    _, root = _powers(S, largest)
     rank = min(rank, n)
     V = torch.linalg.svd(T @ root, full_matrices=False).Vh[:rank].mT
     R = root @ V  # so that R'S R = I, and L = T R
     own = sharing.own(len(H))
-    L = _in_ball((T @ R)[own], R, program.weights[:n], program.radius[own])
+    weights, radius = program.weights, program.radius
+    L = sharing.together(
+        lambda: _in_ball((T @ R)[own], R, weights[:n], radius[own]),  # type: ignore[index]
+        ConvergenceError,
+    )
     L = sharing.whole(L, len(H))
     B = (H[:, n:] - L @ (R.mT @ Gxu)) @ inverse
     W = torch.cat([L @ R.mT, B], 1)

@@ -9,9 +9,11 @@ constraint, the ball's, whose multiplier theta has a formula:
 The step is bent at the walls of the face (an entry that would change sign stops at zero) and at the
 ball, and is taken where the objective falls; else half of it, and where none does a proximal gradient
 step, which always falls. Entries off the support whose dual constraint is violated join it. Every step
-lowers the objective, so that small penalties and dependent columns cost steps and cannot cycle.
+lowers the objective, so that small penalties and dependent columns cost steps and cannot cycle. Where
+the columns of a support are dependent to the last digit, K_SS with a ridge of 1e-9 gives the step.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -23,7 +25,9 @@ if TYPE_CHECKING:
     from .rows import RowProgram
 
 _ENTRIES = 1 << 23  # of the matrices of one call: 64 MiB
-_RIDGE = 1e-14  # relative to the largest entry of F'F: a direction even where columns are dependent
+# Relative to the largest entry of F'F: the first leaves the step as it is, the second gives one that
+# rounding does not rule even where columns are dependent; it shortens it, and moves no optimum.
+_RIDGES = (1e-14, 1e-9)
 _PIVOTS = 20  # faces of one step, each smaller
 _WALLS = 60  # walls of one step
 _DUAL = 1e-8  # violation of a dual constraint, relative to the penalty, that counts as none
@@ -69,7 +73,7 @@ def finish(
         if not left.numel():
             break
         steps += 1
-        for chunk in _chunks((W[left] != 0) | enter | _free(program.rows(left), penalty)):
+        for chunk in chunks((W[left] != 0) | enter | free_entries(program.rows(left), penalty)):
             at = left[chunk]
             part = program.rows(at)
             new, full, fell = _step(part, penalty, W[at], G[chunk], enter[chunk])
@@ -106,7 +110,7 @@ def _entering(program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor) -
     violated = ~on & (excess > level)
     if program.allowed is not None:
         violated &= program.allowed
-    violated &= ~_free(program, penalty)  # which are in the support anyway
+    violated &= ~free_entries(program, penalty)  # which are in the support anyway
     most = max(16, int(on.sum(1).max()) // 2)
     if most < W.shape[1]:
         ranked = torch.where(violated, excess, -1.0)
@@ -115,7 +119,7 @@ def _entering(program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor) -
     return violated
 
 
-def _chunks(support: Tensor) -> list[Tensor]:
+def chunks(support: Tensor) -> list[Tensor]:
     """Rows of like support sizes together, no more than fit into memory."""
     count = support.sum(1)
     order = count.argsort()
@@ -129,7 +133,7 @@ def _chunks(support: Tensor) -> list[Tensor]:
     return chunks
 
 
-def _free(program: "RowProgram", penalty: "Penalty") -> Tensor:
+def free_entries(program: "RowProgram", penalty: "Penalty") -> Tensor:
     """Entries without a kink at zero: neither penalised nor in a ball.  # (r, d)"""
     free = penalty.slope(torch.zeros_like(program.cross)) == 0
     if program.weights is not None and program.radius is not None:
@@ -166,8 +170,9 @@ class _Face:
 
     @staticmethod
     def of(
-        program: "RowProgram", penalty: "Penalty", W: Tensor, sign: Tensor, support: Tensor
-    ) -> "_Face":
+        program: "RowProgram", penalty: "Penalty", W: Tensor, sign: Tensor, support: Tensor,
+        ridge: float,
+    ) -> "_Face":  # fmt: skip
         """Factored at W, whose curvature counts."""
         k = max(1, int(support.sum(1).max()))
         index = support.to(torch.int8).argsort(dim=1, descending=True, stable=True)[:, :k]
@@ -176,7 +181,7 @@ class _Face:
         at = torch.where(there, index, d)
         flat = at[:, :, None] * (d + 1) + at[:, None, :]
         K = program.padded.index_select(0, flat.reshape(-1)).view(flat.shape)
-        ridge = _RIDGE * program.gram.diagonal().amax()
+        ridge = ridge * float(program.gram.diagonal().amax())
         own = penalty.curvature(W.abs()).gather(1, index) + ridge
         K.diagonal(dim1=1, dim2=2).add_(torch.where(there, own, 1.0))
         factor, failed = torch.linalg.cholesky_ex(K)
@@ -254,31 +259,46 @@ def _step(
     """One step of each row: the new rows, what a full step would have gained (infinite where it was
     not taken), and whether the objective fell."""
     sign = torch.where(enter, -G.sign(), W.sign())
-    free = _free(program, penalty)
+    free = free_entries(program, penalty)
     support = (W != 0) | enter | free
-    face = _Face.of(program, penalty, W, sign, support)
-    step, gain = face.step(W, G)
-    before = program.objective(W, penalty)
-    trial = W + step
     walls = support & ~free
-    plain = ~((trial.sign() != sign) & walls).any(1)
-    # At the optimum only rounding moves.
-    flat = program.objective(program.inside(trial), penalty) <= before + _noise(program, trial)
-    full = torch.where(plain & flat, gain, torch.inf)
-    new = torch.where((plain & flat)[:, None], program.inside(trial), W)
-    left = (~(plain & flat)).nonzero().flatten()
-    for attempt in (_pivoted, _walked, _searched, _proximal):
+    before = program.objective(W, penalty)
+    new, step = W.clone(), torch.zeros_like(W)
+    full = torch.full_like(before, torch.inf)
+    left = torch.arange(len(W), device=W.device)
+
+    def take(attempt: Callable[..., Tensor], ridge: float) -> None:
+        nonlocal left
         if not left.numel():
-            break
+            return
         some = program.rows(left)
         found = attempt(
-            some, penalty, W[left], G[left], sign[left], support[left], walls[left], step[left]
-        )
+            some, penalty, W[left], G[left], sign[left], support[left], walls[left], step[left],
+            ridge,
+        )  # fmt: skip
         # What a face gains may be less than the rounding of the objective; `quiet` ends that.
         room = _noise(some, found) if attempt is _pivoted else 0.0
         good = some.objective(found, penalty) < before[left] + room
         new[left[good]] = found[good]
         left = left[~good]
+
+    for ridge in _RIDGES:
+        if not left.numel():
+            break
+        some = program.rows(left)
+        face = _Face.of(some, penalty, W[left], sign[left], support[left], ridge)
+        step[left], gain = face.step(W[left], G[left])
+        trial = W[left] + step[left]
+        plain = ~((trial.sign() != sign[left]) & walls[left]).any(1)
+        trial = some.inside(trial)
+        # At the optimum only rounding moves.
+        plain &= some.objective(trial, penalty) <= before[left] + _noise(some, trial)
+        new[left[plain]], full[left[plain]] = trial[plain], gain[plain]
+        left = left[~plain]
+        take(_pivoted, ridge)
+        take(_walked, ridge)
+    take(_searched, ridge)
+    take(_proximal, ridge)
     fell = program.objective(new, penalty) < before - _noise(program, new)
     return new, full, fell
 
@@ -293,7 +313,7 @@ def _noise(program: "RowProgram", W: Tensor) -> Tensor:
 
 def _pivoted(
     program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor, sign: Tensor,
-    support: Tensor, walls: Tensor, step: Tensor,
+    support: Tensor, walls: Tensor, step: Tensor, ridge: float,
 ) -> Tensor:  # fmt: skip
     """The minimum on the face that is left once all entries that would change sign are dropped, and
     those that would change it then, ..."""
@@ -307,20 +327,20 @@ def _pivoted(
         wrong = wrong[wrong.any(1)]
         support[left] &= ~wrong
         base = torch.where(support[left], W[left], 0.0)
-        face = _Face.of(program.rows(left), penalty, base, sign[left], support[left])
+        face = _Face.of(program.rows(left), penalty, base, sign[left], support[left], ridge)
         new[left] = base + face.step(base, base @ program.gram - program.cross[left])[0]
     return program.inside(torch.where(support & ~(walls & (new.sign() != sign)), new, 0.0))
 
 
 def _walked(
     program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor, sign: Tensor,
-    support: Tensor, walls: Tensor, step: Tensor,
+    support: Tensor, walls: Tensor, step: Tensor, ridge: float,
 ) -> Tensor:  # fmt: skip
     """The step as far as the first wall, which is then a wall of the face, and so on: it never rises."""
     for _ in range(_PIVOTS):  # entries that were to join but would take the other sign
         stuck = (W == 0) & (step.sign() != sign) & support & walls
         support = support & ~stuck
-        face = _Face.of(program, penalty, W, sign, support)
+        face = _Face.of(program, penalty, W, sign, support, ridge)
         step, _ = face.step(W, G)
         if not bool(stuck.any()):
             break
@@ -342,7 +362,7 @@ def _walked(
 
 def _searched(
     program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor, sign: Tensor,
-    support: Tensor, walls: Tensor, step: Tensor,
+    support: Tensor, walls: Tensor, step: Tensor, ridge: float,
 ) -> Tensor:  # fmt: skip
     """The lowest point on the way of the step, where psi bends between zero and the step's end."""
     slope, bend = (step * G).sum(1), ((step @ program.gram) * step).sum(1)
@@ -358,7 +378,7 @@ def _searched(
 
 def _proximal(
     program: "RowProgram", penalty: "Penalty", W: Tensor, G: Tensor, sign: Tensor,
-    support: Tensor, walls: Tensor, step: Tensor,
+    support: Tensor, walls: Tensor, step: Tensor, ridge: float,
 ) -> Tensor:  # fmt: skip
     """A proximal gradient step of the inverse Lipschitz constant, which never rises."""
     pace = 1 / float(program.spectrum[0].max())

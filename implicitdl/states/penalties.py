@@ -6,7 +6,7 @@ number means the same for every layer: with `L1(weight=1)` nothing is left.
 
 import abc
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -97,7 +97,7 @@ def _weight(name: str, value: Any, *, zero: bool = False) -> None:
         raise ValueError(f"{name}: got {value!r}, expected a finite number {least} 0.")
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class L1(Penalty):
     """weight sum_ij |w_ij|: few entries.
 
@@ -132,7 +132,7 @@ class L1(Penalty):
         return project_l1(self.prox(V, t), radius, weights)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Perspective(Penalty):
     """sum_ij psi(w_ij), psi(m) = min over 0 <= t <= 1 of mu t + gamma m^2 / t: few entries, and those
     that stay are hardly shrunk.
@@ -153,7 +153,7 @@ class Perspective(Penalty):
     """
 
     weight: float = 1e-3
-    ridge: float = 1e-3
+    ridge: float = field(default=1e-3, kw_only=True)
 
     def __post_init__(self) -> None:
         _weight("weight", self.weight)
@@ -188,7 +188,7 @@ class Perspective(Penalty):
         return torch.where(v <= self.weight, 0.0, v**2 / (4 * self.ridge) - self.price)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class Group(Penalty):
     """weight sqrt(r) sum_j ||W_:j||_2: few columns, that is few states and few features.
 
@@ -222,7 +222,7 @@ class Group(Penalty):
         return V * (1 - level / length.clamp_min(tiny)).clamp_min(0)
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class LowRank:
     """A = L R^T with so many columns; B, C and D dense.
 

@@ -5,7 +5,7 @@ hold other samples add their sums, in one call of torch.distributed that does no
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +15,7 @@ from .._sharing import Sharing
 from ..model import ImplicitModel, Structure
 from ..model.evaluate import run
 from ..operators import read, rebuilt
+from ..solution import ConvergenceError
 
 _CHUNK = 1 << 19  # numbers of a chunk of samples: it stays in the cache
 
@@ -68,8 +69,19 @@ def gather(
         count=0, mean=like.new_zeros(d), aim=like.new_zeros(r), gram=like.new_zeros(d, d),
         cross=like.new_zeros(r, d), energy=like.new_zeros(r),
     )  # fmt: skip
-    for F, Z in batches:
-        total = _joined(total, _moments(F, Z))
+
+    def own() -> Moments:
+        found = total
+        for F, Z in batches:
+            found = _joined(found, _moments(F, Z))
+        if not bool(torch.isfinite(found.gram).all() and torch.isfinite(found.energy).all()):
+            raise ValueError(
+                "network: its states or outputs at the data are not finite numbers, or their squares "
+                "are not, in float64; scale the data or the weights down."
+            )
+        return found
+
+    total = sharing.together(own, ConvergenceError)
     counts, first, second = sharing.over_samples(
         like.new_tensor([total.count]), total.count * total.mean, total.count * total.aim
     )
@@ -85,10 +97,27 @@ def gather(
 
 def _moments(F: Tensor, Z: Tensor) -> Moments:
     mean, aim = F.mean(0), Z.mean(0)
-    f, z = F - mean, Z - aim
+    (f, f_high, f_low), (z, z_high, z_low) = _split(F - mean), _split(Z - aim)
+    mixed = f_high.mT @ f_low
     return Moments(
-        count=len(F), mean=mean, aim=aim, gram=f.mT @ f, cross=z.mT @ f, energy=z.square().sum(0)
-    )
+        count=len(F), mean=mean, aim=aim,
+        gram=f_high.mT @ f_high + (mixed + mixed.mT + f_low.mT @ f_low),
+        cross=z_high.mT @ f_high + (z_high.mT @ f_low + z_low.mT @ f),
+        energy=z.square().sum(0),
+    )  # fmt: skip
+
+
+def _split(f: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """f, its leading 20 bits, column by column, and the rest.
+
+    Products of leading bits are summed without rounding, 4096 of them, and the others are a millionth
+    as large: a Gram matrix of parts is rounded as if it were one number, whatever the order of samples.
+
+    Reference: Ozaki, Ogita, Oishi and Rump 2012 (error-free splitting of matrix products).
+    """
+    shift = 1.5 * torch.exp2(f.abs().amax(0).clamp_min(1e-280).log2().ceil() + 33)
+    high = (f + shift) - shift
+    return f, high, f - high
 
 
 def _joined(a: Moments, b: Moments) -> Moments:
@@ -110,7 +139,7 @@ def exact(structure: Structure) -> Structure:
 def chunks(f: Structure, data: Tensor) -> Iterator[Tensor]:
     """The samples in float64 and in the network's shape, some hundreds or thousands at a time."""
     width = 2 * f.states + f.inputs + f.outputs
-    for part in data.split(max(64, _CHUNK // width)):
+    for part in data.split(min(4096, max(64, _CHUNK // width))):
         yield part.detach().double().reshape(len(part), *f.input_shape)
 
 
@@ -154,6 +183,22 @@ def contraction_weights(structure: Structure, kappa: float) -> Tensor | None:
                 load = load + op.abs().apply(parts[j])
         parts[k] = ((1 + load) / kappa).expand(1, *row.shape)
     return _usable(torch.cat([t.reshape(-1) for t in parts]))  # type: ignore[union-attr]
+
+
+def found_at(where: object, solve: Callable[[], Tensor]) -> Tensor:
+    """States of the new model, or what to do where there are none.
+
+    Raises:
+        ConvergenceError: the bound on A is so near to 1 that they were not found.
+    """
+    try:
+        return solve()
+    except ConvergenceError as error:
+        raise ConvergenceError(
+            f"kappa: the states of the new layer, in {where}, were not found to the solver's "
+            f"tolerance; a smaller kappa makes them easier to find. {error}",
+            error.solution,
+        ) from error
 
 
 def _usable(v: Tensor) -> Tensor | None:

@@ -1,5 +1,6 @@
 """What `fit_states` says of what it found."""
 
+import math
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
@@ -8,8 +9,9 @@ from torch import Tensor
 
 from ..layers import ImplicitLayer
 from ..model import Structure
+from ..solution import ConvergenceError
 from ..wellposed import Certificate
-from .recording import Sharing, chunks, teacher
+from .recording import Sharing, chunks, found_at, teacher
 
 if TYPE_CHECKING:
     from .fitting import Fitted
@@ -32,7 +34,7 @@ class FitReport:
         certificate: of the layer.
         before, after: accuracy of the network and of the layer on the data (or, where the targets
             are numbers, 1 - squared error / variance); None without targets.
-        agreement: share of samples whose largest output is the same.
+        agreement: share of samples whose largest output is the same; nan where there is one output.
         objective: of the programs of (A B), in units of variances, before the refit.
         gap: to its optimum at most; None where there is no bound.
         samples: how many there were, in all processes.
@@ -116,7 +118,7 @@ class FitReport:
             lines.append("the network itself is not in the ball: its states cannot all be matched")
         if self.before is not None:
             lines.append(f"score {100 * self.before:.2f} % -> {100 * self.after:.2f} %")
-        if self.agreement is not None:
+        if self.agreement is not None and not math.isnan(self.agreement):
             lines.append(f"same answer as the network on {100 * self.agreement:.2f} % of samples")
         return "\n".join(lines)
 
@@ -129,32 +131,40 @@ def scores(
     sharing: Sharing,
 ) -> tuple[float | None, float | None, float]:
     """Of the network, of the layer, and the share of equal answers, over all processes."""
-    sums = torch.zeros(6, dtype=torch.float64, device=data.device)
-    start = 0
-    for part in chunks(f, data):
-        y = teacher(f, part)[2]
-        new = layer(data[start : start + len(part)].flatten(1)).double()
-        same = float((y.argmax(1) == new.argmax(1)).sum())
-        found = [float(len(part)), same, 0.0, 0.0, 0.0, 0.0]
-        if targets is not None:
-            t = targets[start : start + len(part)]
-            if t.is_floating_point():
-                t = t.double()
-                found[2:] = [float((t - y).square().sum()), float((t - new).square().sum()),
-                             float(t.square().sum()), 0.0]  # fmt: skip
-            else:
-                found[2:4] = [float((y.argmax(1) == t).sum()), float((new.argmax(1) == t).sum())]
-        sums += sums.new_tensor(found)
-        start += len(part)
+
+    def own() -> Tensor:
+        sums = torch.zeros(5, dtype=torch.float64, device=data.device)
+        start = 0
+        for part in chunks(f, data):
+            y = teacher(f, part)[2]
+            u = data[start : start + len(part)].flatten(1)
+            new = found_at(layer.well_posed, lambda u=u: layer(u)).double()  # type: ignore[misc]
+            sums += sums.new_tensor(counted(y, new, start))
+            start += len(part)
+        return sums
+
+    def counted(y: Tensor, new: Tensor, start: int) -> list[float]:
+        counts = [float(len(y)), float((y.argmax(1) == new.argmax(1)).sum())]
+        if targets is None:
+            return [*counts, 0.0, 0.0, 0.0]
+        t = targets[start : start + len(y)]
+        if t.is_floating_point():
+            t = t.double()
+            left = ((t - y).square().sum(), (t - new).square().sum(), t.square().sum())
+            return [*counts, *map(float, left)]
+        return [*counts, float((y.argmax(1) == t).sum()), float((new.argmax(1) == t).sum()), 0.0]
+
+    sums = sharing.together(own, ConvergenceError)
     mean = sums.new_zeros(f.outputs)
     numbers = targets is not None and targets.is_floating_point()
     if numbers:
         mean = targets.double().sum(0)  # type: ignore[union-attr]
     sums, mean = sharing.over_samples(sums, mean)
-    count, same, first, second, power, _ = sums.tolist()
+    count, same, first, second, power = sums.tolist()
+    agreement = same / count if f.outputs > 1 else math.nan
     if targets is None:
-        return None, None, same / count
+        return None, None, agreement
     if not numbers:
-        return first / count, second / count, same / count
+        return first / count, second / count, agreement
     spread = max(power - float((mean / count).square().sum()) * count, 1e-300)
-    return 1 - first / spread, 1 - second / spread, same / count
+    return 1 - first / spread, 1 - second / spread, agreement

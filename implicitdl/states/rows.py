@@ -21,7 +21,7 @@ from torch import Tensor
 from .._linalg import project_l1
 from ..solution import ConvergenceError
 from .newton import finish
-from .penalties import L1, Penalty
+from .penalties import Penalty
 
 _RANK = 1e-10  # eigenvalues of F'F below this share of the largest are rounding
 
@@ -106,6 +106,14 @@ class RowProgram:
                 new.__dict__[name] = self.__dict__[name]
         return new
 
+    def within(self, support: Tensor) -> "RowProgram":
+        """The program of rows that are zero off a support.  # (r, d) bool"""
+        new = replace(self, allowed=support)
+        for name in ("spectrum", "padded"):
+            if name in self.__dict__:
+                new.__dict__[name] = self.__dict__[name]
+        return new
+
     def inside(self, W: Tensor) -> Tensor:
         """The nearest rows in the balls; zeros stay zeros."""
         if self.allowed is not None:
@@ -143,24 +151,53 @@ class RowProgram:
         if penalty.nothing and self.radius is None and (least := self._least_norm()) is not None:
             return RowSolution(W=least, objective=self.fit(least), gap=None, steps=(0, 0))
         W, steps = self._split(penalty, 1e-3, 120, check=10)
-        W, newton, reached = finish(self, penalty, W, tolerance)
+        W, newton, reached = self._finished(penalty, W, tolerance, 60)
+        # Signs and supports near a point may lead nowhere: then from others, and for longer.
+        for start, most in (("zero", 60), ("split", 300), ("zero", 300)):
+            left = (~reached).nonzero().flatten()
+            if not len(left):
+                break
+            some = self.rows(left)
+            begin = torch.zeros_like(W[left])
+            if start == "split":
+                begin, more = some._split(penalty, 1e-7, 3000)
+                steps += more
+            again, more, good = some._finished(penalty, begin, tolerance, most)
+            newton += more
+            better = good | (some.objective(again, penalty) < some.objective(W[left], penalty))
+            W[left[better]], reached[left[good]] = again[better], True
         gap = self.gap(W, penalty)
-        scale = 0.5 * self.energy.clamp_min(torch.finfo(W.dtype).tiny)
-        if gap is not None:
-            reached = gap <= tolerance * scale
         if not bool(reached.all()):
-            row = int((~reached).nonzero()[0])
-            left = "" if gap is None else (
-                f" (at most {float(gap[row] / scale[row]):.1e} of its energy above the optimum, "
-                f"expected {tolerance:.0e})"
-            )  # fmt: skip
-            raise ConvergenceError(
-                f"{int((~reached).sum())} of {len(reached)} rows were not solved, row {row} first"
-                f"{left}: the recorded states are too nearly dependent for {penalty}; raise its "
-                "weight, or record more samples."
-            )
+            raise self._stalled(penalty, W, gap, reached, tolerance)
         return RowSolution(
             W=W, objective=self.objective(W, penalty), gap=gap, steps=(steps, newton)
+        )
+
+    def _finished(
+        self, penalty: Penalty, W: Tensor, tolerance: float, most: int
+    ) -> tuple[Tensor, int, Tensor]:
+        """Newton's method from W, and which rows are proved to be there."""
+        W, steps, reached = finish(self, penalty, W, tolerance, most)
+        gap = self.gap(W, penalty)
+        if gap is not None:
+            reached = gap <= tolerance * self._scale
+        return W, steps, reached
+
+    @property
+    def _scale(self) -> Tensor:
+        return 0.5 * self.energy.clamp_min(torch.finfo(self.energy.dtype).tiny)
+
+    def _stalled(
+        self, penalty: Penalty, W: Tensor, gap: Tensor | None, reached: Tensor, tolerance: float
+    ) -> ConvergenceError:
+        row = int((~reached).nonzero()[0])
+        left = "" if gap is None else (
+            f" (at most {float(gap[row] / self._scale[row]):.1e} of its energy above the optimum, "
+            f"expected {tolerance:.0e})"
+        )  # fmt: skip
+        return ConvergenceError(
+            f"{int((~reached).sum())} of {len(reached)} rows were not solved, row {row} first"
+            f"{left}: the recorded states are too nearly dependent for {penalty}; raise its weight."
         )
 
     def gap(self, W: Tensor, penalty: Penalty) -> Tensor | None:
@@ -271,17 +308,3 @@ class RowProgram:
             )
         # The copy behind the penalty has the zeros; the ball then only shrinks what is not zero.
         return (V[0] if k == 1 else self.inside(V[0])), step
-
-
-def least_squares(program: RowProgram, W: Tensor, tolerance: float = 1e-9) -> RowSolution:
-    """min 1/2 ||z_i - F w_i||^2 over the balls and the support of W, from W."""
-    plain = L1(weight=0.0)
-    own = replace(program, allowed=W != 0)
-    # Where least squares alone stays inside, the ball has no say.
-    new, steps, _ = finish(replace(own, weights=None, radius=None), plain, W, tolerance)
-    if own.weights is not None and own.radius is not None:
-        out = ((new.abs() * own.weights).sum(1) > own.radius).nonzero().flatten()
-        if len(out):
-            new[out], more, _ = finish(own.rows(out), plain, W[out], tolerance)
-            steps += more
-    return RowSolution(W=new, objective=own.fit(new), gap=None, steps=(0, steps))
