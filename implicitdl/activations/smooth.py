@@ -75,14 +75,22 @@ class Softplus(Activation):
 
     Args:
         threshold: beyond it phi(z) = z, as in torch, where 20 is the default: off by 2e-9 there.
-            All else that is known of phi is that of the exact one.
+            All else that is known of phi is that of the exact one. Below 20 the jump counts: such a
+            phi falls there, has no slope range, and is for the evaluation of networks alone.
     """
 
     threshold: float = 40.0
 
-    curvature = 0.25
-    slope = (0.0, 1.0)
     range = (0.0, INF)
+
+    @property
+    def slope(self) -> tuple[float, float]:
+        return (0.0, 1.0) if self.threshold >= 20 else (-INF, INF)
+
+    @property
+    def curvature(self) -> float:
+        """sup |phi''|."""
+        return 0.25 if self.threshold >= 20 else INF
 
     def __post_init__(self) -> None:
         require_finite(self, "threshold", positive=True)

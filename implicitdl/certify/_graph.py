@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..activations import Activation
 from ..layers import ImplicitLayer, MonotoneLayer
+from ..layers.base import altered
 from ..model import ImplicitModel
 from ..model.structure import INPUT, Row, Structure, fitted
 from ..operators import Weight, read, rebuilt, weights
@@ -35,6 +36,12 @@ def as_model(model: Any) -> ImplicitModel:
     if isinstance(model, ImplicitModel):
         return model
     if isinstance(model, ImplicitLayer | MonotoneLayer):
+        what = altered(model, ImplicitLayer, MonotoneLayer)
+        if what is not None:
+            raise TypeError(
+                f"model: a {type(model).__name__} that has {what} is another function than its matrices "
+                "say; pass `model.model()` for that of the matrices."
+            )
         return model.model()
     raise TypeError(
         f"model: got {type(model).__name__}, expected an ImplicitModel, an ImplicitLayer or a "

@@ -33,6 +33,7 @@ from .._linalg import strong_components
 from ..activations import Activation
 from ..convert import to_implicit
 from ..layers import ImplicitLayer, MonotoneLayer
+from ..layers.base import altered
 from ..model import ImplicitModel
 from ..solution import ConversionError
 from ._sector import LIMIT, together
@@ -143,13 +144,18 @@ def as_model(network: "nn.Module | ImplicitModel", example: Tensor) -> ImplicitM
 
     Raises:
         ConversionError: a part has no known conversion.
+        TypeError: a module has hooks, or a layer a `forward` of its own.
     """
     if isinstance(network, ImplicitModel):
         return network
-    if isinstance(network, ImplicitLayer | MonotoneLayer):
+    kinds = (ImplicitLayer, MonotoneLayer)
+    layers = [m for m in network.modules() if isinstance(m, kinds)]
+    changed = next((what for m in layers if (what := altered(m, *kinds))), None)
+    if changed is not None:
+        raise TypeError(f"a module has {changed}, which the weights do not show")
+    if isinstance(network, kinds):
         return network.model()
-    looped = any(isinstance(m, ImplicitLayer | MonotoneLayer) for m in network.modules())
-    if not looped or not isinstance(network, nn.Sequential):
+    if not layers or not isinstance(network, nn.Sequential) or altered(network, nn.Sequential):
         return to_implicit(network, example)
     result, u = None, example
     for child in network:

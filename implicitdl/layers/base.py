@@ -17,6 +17,21 @@ from ..model import ImplicitModel, accept, solve_state
 from ..solution import Solution
 from ..solvers import FixedPointSolver, get_solver
 
+_HOOKS = (
+    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
+)  # fmt: skip
+
+
+def altered(module: nn.Module, *kinds: type[nn.Module]) -> str | None:
+    """What makes a module do something else than its class, one of `kinds`, says; None for nothing.
+
+    torch's older weight_norm and its pruning are hooks, too.
+    """
+    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+        return "hooks"
+    base = next((kind for kind in kinds if isinstance(module, kind)), None)
+    return "a `forward` of its own" if base and type(module).forward is not base.forward else None
+
 
 class AffineLayer(nn.Module, abc.ABC):
     """A layer of the form x = phi(A x + B u + b), y = C x + D u + d.

@@ -13,6 +13,7 @@ from torch.func import functional_call
 from torch.nn.utils.parametrize import is_parametrized
 
 from ..activations import Activation, get_activation
+from ..layers.base import altered
 
 _LINEAR = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d)
 _FIXED = (
@@ -23,9 +24,6 @@ _RANDOM = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d)
 _BEHIND = (nn.Flatten, nn.Identity, *_RANDOM)
 NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
 _KNOWN = _LINEAR + _FIXED + _RANDOM + NORMS
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-)  # fmt: skip
 
 
 class Activate(nn.Module):
@@ -291,16 +289,11 @@ def _require_plain(name: str, module: nn.Module) -> None:
         TypeError: it has hooks (torch's older weight_norm and its pruning are hooks), or a `forward`
             of its own.
     """
-    if any(getattr(module, hooks, None) for hooks in _HOOKS):
+    what = altered(module, nn.Sequential, *_KNOWN)
+    if what is not None:
         raise TypeError(
-            f"model: {name} has hooks, expected none: local gradients would not see what they do. "
-            "Take them off; torch.nn.utils.parametrize is followed by `lifted.local`."
-        )
-    base = next((kind for kind in (nn.Sequential, *_KNOWN) if isinstance(module, kind)), None)
-    if base is not None and type(module).forward is not base.forward:
-        raise TypeError(
-            f"model: {name} is a {type(module).__name__} with a `forward` of its own, expected that "
-            f"of nn.{base.__name__}."
+            f"model: {name} is a {type(module).__name__} that has {what}, expected none: local "
+            "gradients would not see it. torch.nn.utils.parametrize is followed by `lifted.local`."
         )
 
 
