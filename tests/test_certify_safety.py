@@ -261,3 +261,15 @@ def test_slopes_above_one_count_in_the_lipschitz_loss(slope):
     loss = certify.robust_loss(layer, 0.5, x, y, norm=2, method="lipschitz")
     attack = certify.pgd(layer, x, y, 0.5, 2, steps=30)
     assert loss >= F.cross_entropy(layer(attack.inputs), y)
+
+
+@pytest.mark.parametrize("phi", ["hardtanh", "tanh", "relu"])
+def test_crown_is_never_behind_intervals(phi):
+    torch.manual_seed(0)
+    layer = ImplicitLayer(5, 3, 20, activation=phi)
+    with torch.no_grad():
+        layer.B.mul_(4)  # saturated states
+    u, ball = torch.randn(20, 5), Ball(radius=0.3, norm="inf", dimension=5)
+    box = certify.bounds(layer, ball, "interval", around=u)
+    lines = certify.bounds(layer, ball, "crown", around=u, refinements=0)
+    assert (lines.lower >= box.lower - 1e-9).all() and (lines.upper <= box.upper + 1e-9).all()

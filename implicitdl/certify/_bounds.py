@@ -99,9 +99,10 @@ def bounds(
     - "interval": the smallest box that the map sends into itself; of a network, one pass (IBP).
     - "lipschitz": ||C|| ||B|| r / m, in the infinity norm with the matrix measure, and in the 2-norm
       for monotone models; row by row.
-    - "crown": two lines around each activation, carried back to the input (implicit CROWN); with
-      `refinements` of the ranges of pre-activations, and ascent over the slopes: `steps` for the
-      rows asked for, after which the bound is about that of the LP, and `range_steps` for ranges.
+    - "crown": two lines around each activation, carried back to the input (implicit CROWN), or the
+      box of the states where that is tighter; with `refinements` of the ranges of pre-activations,
+      and ascent over the slopes: `steps` for the rows asked for, after which the bound is about that
+      of the LP, and `range_steps` for ranges.
     - "lp", "sdp": the linear and semidefinite relaxation, for small models, by their multipliers.
     - "best": all but the last two that apply, the tighter of each row, as long as `seconds` allow.
 
@@ -281,7 +282,9 @@ def _lipschitz(context: Context, query: Query, options: Options) -> Result:
 
 def _crown(context: Context, query: Query, options: Options) -> Result:
     spans = refined_spans(context, options.refinements, options.range_steps)
-    return crown_lower(context, spans, query, options.steps), spans
+    low = crown_lower(context, spans, query, options.steps)
+    # Lines around a saturated activation lose to its range, which is known already.
+    return torch.maximum(low, query.over(context.region, spans)), spans
 
 
 def _lp(context: Context, query: Query, options: Options) -> Result:
