@@ -193,3 +193,20 @@ def test_group_weights_reach_the_worst_group():
     assert float(risk.weights[1]) > 0.999
     r = risk.bracket(torch.tensor([0.1, 0.1, 1.0, 1.0, 1.0]), torch.tensor([0, 0, 1, 1, 1]))
     assert float(r.upper - r.lower) < 1e-3
+
+
+@pytest.mark.parametrize("member", MEMBERS)
+def test_under_vmap(member):
+    l = torch.rand(3, 6, dtype=torch.float64)
+    torch.testing.assert_close(torch.func.vmap(member)(l), member(l))
+    slopes = torch.func.vmap(torch.func.grad(member))(l)
+    leaf = l.clone().requires_grad_()
+    torch.testing.assert_close(slopes, torch.autograd.grad(member(leaf).sum(), leaf)[0])
+
+
+@pytest.mark.parametrize("member", MEMBERS + LARGE)
+def test_losses_that_differ_by_rounding(member):
+    l = 1e6 + 1e-8 * torch.randn(4, 40, dtype=torch.float64)
+    r = member.bracket(l)
+    assert bool((r.lower <= r.upper + 1e-6).all())
+    torch.testing.assert_close(r.value, torch.full((4,), 1e6, dtype=torch.float64))

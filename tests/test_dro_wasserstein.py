@@ -12,7 +12,7 @@ from sklearn.preprocessing import StandardScaler
 from sklearn.utils.estimator_checks import check_estimator
 
 from implicitdl import dro
-from implicitdl.dro import _corners, _fits
+from implicitdl.dro import _corners, _fits, _pieces
 from implicitdl.dro._fits import fit, risk
 from implicitdl.dro._losses import Ball, linear_loss
 from implicitdl.solution import ConvergenceError
@@ -73,8 +73,8 @@ def test_working_sets_and_active_sets_end_where_the_whole_problem_does(loss, p, 
     X, y = problem(loss, n=4000, d=5)
     ball = Ball(0.05, p, INF)
     quick = fit(X, y, linear_loss(loss), ball, True)
-    monkeypatch.setattr(_fits, "_DIRECT", 10**6)
-    whole = _fits._pieces(X, y, linear_loss(loss), ball, True)
+    monkeypatch.setattr(_pieces, "DIRECT", 10**6)
+    whole = _fits._slow(X, y, linear_loss(loss), ball, True, None)
     assert quick.risk == pytest.approx(whole.risk, rel=2e-8)
     assert quick.method != whole.method
     assert quick.gap <= 1e-7 * (1 + quick.risk)
@@ -117,7 +117,7 @@ def test_active_sets_of_awkward_data(loss, kind):
         X[:, 1] = X[:, 0] + 1e-9 * X[:, 2]
     ball = Ball(0.05, 2.0, INF)
     found = fit(X, y, linear_loss(loss), ball, True)
-    whole = _fits._pieces(X, y, linear_loss(loss), ball, True)
+    whole = _fits._slow(X, y, linear_loss(loss), ball, True, None)
     assert found.risk == pytest.approx(whole.risk, rel=1e-7)
     assert 0 <= found.gap <= 1e-6 * (1 + found.risk)
 

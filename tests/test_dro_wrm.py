@@ -381,3 +381,50 @@ def test_bad_data():
     u[1, 2] = math.nan
     with pytest.raises(ValueError, match=r"nan at index \(1, 2\)"):
         training(u, y)
+
+
+def test_an_implicit_model_in_single_precision_has_the_certificate_of_its_network():
+    torch.manual_seed(0)
+    u, y = torch.randn(8, P, dtype=torch.float32), torch.randint(Q, (8,))
+    net = nn.Sequential(nn.Linear(P, 6), nn.Tanh(), nn.Linear(6, Q)).float()
+    loop = implicitdl.ImplicitLayer(P, Q, 6, activation="tanh").float()
+    for network, model in ((net, implicitdl.to_implicit(net, u)), (loop, loop.model())):
+        one = dro.WassersteinTraining(network, gamma=50.0).certificate((u, y))
+        two = dro.WassersteinTraining(model, gamma=50.0).certificate((u, y))
+        assert two.is_certificate and two.bound == pytest.approx(one.bound, rel=1e-7)
+
+
+def test_labels_and_dtypes_are_named():
+    net = nn.Sequential(nn.Linear(P, 6), nn.Tanh(), nn.Linear(6, Q)).float()
+    training = dro.WassersteinTraining(net, gamma=50.0)
+    u, y = torch.randn(8, P, dtype=torch.float32), torch.full((8,), Q)
+    with pytest.raises(ValueError, match=f"labels: got {Q}, expected numbers from 0 to {Q - 1}"):
+        training(u, y)
+    with pytest.raises(ValueError, match="labels: got 3"):
+        training.certificate((u, y))
+    with pytest.raises(ValueError, match=r"u: got torch.float64, expected torch.float32"):
+        training(u.double(), y - 1)
+    assert training.certificate((u.double(), y - 1)).is_certificate
+
+
+def test_batch_norm_sees_a_batch_once():
+    net = nn.Sequential(nn.Linear(P, 6), nn.BatchNorm1d(6), nn.ELU(), nn.Linear(6, Q))
+    training = dro.WassersteinTraining(net, gamma=1.0)
+    training(torch.randn(8, P, dtype=net[0].weight.dtype), torch.zeros(8, dtype=torch.long))
+    assert int(net[1].num_batches_tracked) == 1 and net[1].training
+
+
+def test_a_forward_that_was_replaced_is_no_certificate():
+    torch.manual_seed(0)
+    layer = implicitdl.ImplicitLayer(P, Q, 6, activation="tanh").double()
+    net = nn.Sequential(layer)
+    old = layer.forward
+    layer.forward = lambda u: 100 * old(u)
+    found = smoothness(net, torch.zeros(1, P, dtype=torch.float64), CE)
+    assert math.isinf(found.L_zz) and "something else" in found.reason
+
+
+@pytest.mark.parametrize("value", [-1.0, math.nan, "a"])
+def test_constants_of_a_loss_are_checked(value):
+    with pytest.raises(ValueError, match="hessian: got"):
+        dro.OutputLoss(lambda y, t: y.sum(1), 1.0, value)

@@ -7,9 +7,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..maps import inside_transform
+
 
 def finite(name: str, value: Tensor) -> None:
-    """Raise where a tensor has NaN or infinite entries, naming the first."""
+    """Raise where a tensor has NaN or infinite entries, naming the first.
+
+    Inside a transform of torch.func, which hides values, nothing is looked at, here and below.
+    """
+    if inside_transform():
+        return
     bad = torch.nonzero(~torch.isfinite(value.detach()))
     if bad.shape[0]:
         at = tuple(bad[0].tolist())
@@ -85,9 +92,11 @@ def distribution(name: str, weights: "Tensor | None", like: Tensor, tol: float =
         raise ValueError(f"{name}: got shape {tuple(weights.shape)}, expected (..., {n}).")
     finite(name, weights)
     weights = weights.to(like.device, torch.float64)
+    total = weights.sum(-1, keepdim=True)
+    if inside_transform():
+        return weights / total
     if bool((weights < 0).any()):
         raise ValueError(f"{name}: got {float(weights.min()):.6g}, expected numbers >= 0.")
-    total = weights.sum(-1, keepdim=True)
     off = (total - 1).abs().max()
     if bool(off > tol):
         worst = total.flatten()[int((total - 1).abs().argmax())]
@@ -124,7 +133,7 @@ def labels_of(name: str, labels: Tensor, shape: tuple[int, ...], classes: "int |
     if tuple(labels.shape) != shape:
         raise ValueError(f"{name}: got shape {tuple(labels.shape)}, expected {shape}.")
     labels = labels.long()
-    if labels.numel():
+    if labels.numel() and not inside_transform():
         low, high = int(labels.min()), int(labels.max())
         if low < 0 or (classes is not None and high >= classes):
             top = "" if classes is None else f" to {classes - 1}"

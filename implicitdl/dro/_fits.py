@@ -12,24 +12,32 @@ Reference:
     Kang, Murthy (2019), propositions 2 and 3 (squares).
 """
 
+import contextlib
 import math
+from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
-from scipy.linalg import lapack
 
 from ..solution import ConvergenceError
 from . import _corners as corners
-from ._interior import Found, Task, solve, weighted_gram
+from ._face import on_face
+from ._last import by_cones
 from ._losses import Ball, Fit, LinearLoss
+from ._newton import constant, newton
+from ._pieces import Got, by_pieces
+from ._proof import lower, multipliers
 from ._squares import squares
 
 Array = np.ndarray
-_DIRECT = 3000  # samples that the interior-point method takes at once
+_NEAR = 1e-6  # proved relative gap of a fit
+_NOTHING = 1e-10  # of the risk at theta = 0, which is as good as a risk of 0
+_ROUNDING = 2e-15
+_TOO_MANY = 10**7  # numbers in X, for the cone program of the last resort
 
 
 def fit(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> Fit:
-    """The minimiser.
+    """The minimiser, with a proof.
 
     Args:
         X: # (n, d), float64
@@ -40,25 +48,216 @@ def fit(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> Fi
 
     Raises:
         ConvergenceError: the risk has no minimum (a ball of radius 0 and separable classes), or the
-            method failed.
+            methods failed to prove it to a relative 1e-6.
     """
+    if ball.radius == 0:
+        return _no_ball(X, y, loss, ball, intercept)
     if loss.order == 2:
-        return squares(X, y, ball, intercept)
-    if loss.smooth and (ball.q == 2 or ball.radius == 0):
-        found = _newton(X, y, loss, ball, intercept)
-        length = float(np.linalg.norm(found.theta))
-        if ball.radius == 0 or math.isinf(ball.flip):
-            return found
-        if loss.regression and length >= 1 / ball.flip:
-            return found
-        u = X @ found.theta + found.b
-        if not loss.regression and float((y * u).max()) <= ball.flip * length:
-            return found  # no flip is worth its price
-    if not loss.smooth and ball.q == 2 and ball.radius > 0:
-        near = _corners(X, y, loss, ball, intercept)
-        if near is not None:
-            return near
-    return _pieces(X, y, loss, ball, intercept)
+        found = squares(X, y, ball, intercept)
+        return _good(_again(X, y, loss, ball, found), float(np.mean(y * y)))
+    quick = None
+    if ball.q == 2:
+        with contextlib.suppress(ConvergenceError, ArithmeticError, np.linalg.LinAlgError):
+            quick = _quick(X, y, loss, ball, intercept)
+    if quick is not None and quick.gap <= _NEAR * quick.risk:
+        return quick
+    return _slow(X, y, loss, ball, intercept, quick)
+
+
+def _good(found: Fit, at_zero: float) -> Fit:
+    """The fit, or an error where its proof is too weak."""
+    if found.gap <= _NEAR * found.risk + _NOTHING * at_zero:
+        return found
+    raise ConvergenceError(
+        f"the fit did not converge: the risk is {found.risk:.6g}, which is proved only to "
+        f"{found.gap:.1e}; scale features and targets to similar sizes, or, if classes "
+        "are separable, take a larger radius."
+    )
+
+
+@np.errstate(all="ignore")
+def _quick(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> "Fit | None":
+    """With a 2-norm, and where flips and moves of targets are not worth their price; else None."""
+    if not loss.smooth:
+        return _corners(X, y, loss, ball, intercept)
+    found = newton(X, y, loss, ball, intercept)
+    length = float(np.linalg.norm(found.theta))
+    u = X @ found.theta + found.b
+    if math.isfinite(ball.flip):
+        if loss.regression and length < 1 / ball.flip:
+            return None
+        if not loss.regression and float((y * u).max()) > ball.flip * length:
+            return None
+    return _proved(X, y, loss, ball, intercept, found, multipliers(u, y, loss))
+
+
+def _proved(
+    X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool, found: Fit,
+    dual: list[tuple[Array, Array]], least: float = 0.0,
+) -> Fit:  # fmt: skip
+    """The fit with the gap that its multipliers prove, or a lower bound known before."""
+    enough = found.risk * (1 - 0.1 * _NEAR)
+    if least < enough:
+        low = lower(X, y, loss, ball, intercept, found.theta, found.risk, dual, enough)
+        least = max(least, low)
+    # The bound and the risk are sums with rounding.
+    return replace(found, gap=max(found.risk - least, 0.0) + _ROUNDING * found.risk)
+
+
+def _slow(
+    X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool, quick: "Fit | None"
+) -> Fit:
+    """By the interior-point method or a cone program, in units in which numbers are near 1."""
+    d = X.shape[1]
+    given = X, y, loss, ball
+    centre = X.mean(0) if intercept else np.zeros(d)
+    noise = 8 * np.finfo(np.float64).eps * np.abs(X).max(0)
+    X = X - centre
+    if intercept:  # columns that are constant but for rounding
+        X[:, np.abs(X).max(0) <= noise] = 0.0
+    s = math.sqrt(float(np.mean(X * X))) or 1.0
+    middle, t = 0.0, 1.0
+    if loss.regression:
+        middle = float(np.median(y)) if intercept else 0.0
+        t = float(np.mean(np.abs(y - middle))) or 1.0
+    X, y = X / s, (y - middle) / t
+    # theta' = s theta / t, so all lengths of features and prices of labels change with their units.
+    flip = ball.flip * t / s
+    inner = Ball(ball.radius / s, ball.p, flip)
+    whole = t
+    if loss.regression and loss.smooth:
+        loss, whole = replace(loss, delta=loss.delta / t, slope=loss.slope / t), t * t
+    at_zero = risk(X, y, loss, inner, np.zeros(d), constant(y, loss) if intercept else 0.0)[0]
+    least = 0.0 if quick is None else max(quick.risk - quick.gap, 0.0) / whole
+    done, endless = None, False
+    for method in (_by_newton, _by_pieces, *_FACES, _by_last, *_FACES):
+        with contextlib.suppress(ConvergenceError, ArithmeticError, np.linalg.LinAlgError):
+            got = method(X, y, loss, inner, intercept, done)
+            if got is None:
+                continue
+            theta, b, steps, name, dual = got
+            if inner.radius == 0 and not loss.regression and loss.smooth:
+                endless = endless or bool((y * (X @ theta + b) > 0).all())
+                if endless:
+                    break
+            value, lam = risk(X, y, loss, inner, theta, b)
+            if not math.isfinite(value):
+                continue
+            now = Fit(theta, b, lam, value, math.inf, steps, name)
+            now = _proved(X, y, loss, inner, intercept, now, dual, least)
+            least = max(least, now.risk - now.gap)
+            if done is None or now.risk < done.risk:
+                done = now
+            done = replace(done, gap=max(done.risk - least, 0.0) + _ROUNDING * done.risk)
+            if done.gap <= _NEAR * done.risk:
+                break
+    if endless:
+        raise ConvergenceError(
+            "the fit did not converge: of a radius of 0 and separable classes there is no minimum: take "
+            "a radius > 0."
+        )
+    if done is None:
+        raise ConvergenceError(
+            "the fit did not converge: no method found a finite risk; scale features and targets."
+        )
+    theta = done.theta * t / s
+    b = middle + t * done.b - float(centre @ theta)
+    found = Fit(
+        theta, b if intercept else 0.0, done.lam * t / s, done.risk * whole, done.gap * whole,
+        done.steps, done.method,
+    )  # fmt: skip
+    return _good(_again(*given, found), at_zero * whole)
+
+
+def _again(X: Array, y: Array, loss: LinearLoss, ball: Ball, found: Fit) -> Fit:
+    """With the risk of the theta and b that are returned, on the data that were given."""
+    value, lam = risk(X, y, loss, ball, found.theta, found.b)
+    proved = found.risk - found.gap
+    return replace(found, risk=value, lam=lam, gap=max(value - proved, 0.0) + _ROUNDING * value)
+
+
+@np.errstate(all="ignore")
+def _by_newton(
+    X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool, _: "Fit | None"
+) -> "Got | None":
+    """Where the 2-norm, or no norm, makes all smooth."""
+    if not loss.smooth or not (ball.q == 2 or ball.radius == 0):
+        return None
+    found = newton(X, y, loss, ball, intercept)
+    u = X @ found.theta + found.b
+    return found.theta, found.b, found.steps, found.method, multipliers(u, y, loss)
+
+
+def _by_face(rel: float) -> "Callable[..., Got | None]":
+    """From the best fit so far, of smooth losses with norms that are linear on faces."""
+
+    @np.errstate(all="ignore")
+    def method(
+        X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool, near: "Fit | None"
+    ) -> "Got | None":
+        if near is None or not loss.smooth or ball.q == 2 or not ball.radius:
+            return None
+        found = on_face(X, y, loss, ball, intercept, near.theta, near.b, rel)
+        if found is None:
+            return None
+        theta, b, steps = found
+        dual = multipliers(X @ theta + b, y, loss)
+        return theta, b, near.steps + steps, near.method, dual
+
+    return method
+
+
+_FACES = tuple(_by_face(rel) for rel in (1e-5, 1e-3, 1e-8))
+
+
+def _by_pieces(
+    X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool, _: "Fit | None"
+) -> "Got | None":
+    return by_pieces(X, y, loss, ball, intercept)
+
+
+def _by_last(
+    X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool, _: "Fit | None"
+) -> "Got | None":
+    if X.size > _TOO_MANY:
+        return None
+    found = by_cones(X, y, loss, ball, intercept)
+    if found is None:
+        return None
+    theta, b, a = found
+    return theta, b, 1, "cone program", multipliers(X @ theta + b, y, loss, a)
+
+
+def _no_ball(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> Fit:
+    """Of radius 0: no norm of theta counts, so the fit is in the features' principal directions.
+
+    Columns that are constant but for rounding, and directions that are a combination of others, get
+    no weight: the best theta there is not determined.
+    """
+    n, d = X.shape
+    mean = X.mean(0) if intercept else np.zeros(d)
+    off = X - mean
+    spread = np.sqrt((off * off).mean(0))
+    keep = spread > 8 * np.finfo(np.float64).eps * np.abs(X).max(0)
+    if intercept and not keep.all():
+        mean = np.where(keep, mean, X.mean(0))
+    U, size, Vt = np.linalg.svd(off[:, keep] / spread[keep], full_matrices=False)
+    rank = int((size > 1e-12 * (size[0] if len(size) else 0.0)).sum())
+    Z = U[:, :rank] * math.sqrt(n)
+    inner = Ball(0.0, 2.0, math.inf)
+    if rank == 0:
+        Z = np.zeros((n, 1))
+    if loss.order == 2:
+        found = squares(Z, y, inner, intercept)
+    else:
+        found = _slow(Z, y, loss, inner, intercept, None)
+    theta = np.zeros(d)
+    if rank:
+        back = Vt[:rank].T @ (found.theta / size[:rank]) * math.sqrt(n)
+        theta[keep] = back / spread[keep]
+    b = found.b - float(mean @ theta) if intercept else 0.0
+    found = _again(X, y, loss, ball, replace(found, theta=theta, b=b))
+    return _good(found, float(loss.value(np.zeros(n), y).mean()))
 
 
 def risk(
@@ -104,123 +303,6 @@ def _price(m: Array, loss: LinearLoss, ball: Ball, length: float) -> float:
     return max(length, float(last) / ball.flip)
 
 
-# ---- smooth losses ---------------------------------------------------------------------------------
-
-
-def _newton(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> Fit:
-    """Newton's method on mean loss + r L ||theta||_2, which is smooth away from theta = 0."""
-    n, d = X.shape
-    price = ball.radius * loss.slope
-    b = _constant(y, loss) if intercept else 0.0
-    _, slope, _ = loss.derivatives(np.full(n, b), y)
-    gradient = X.T @ slope / n
-    size = float(np.linalg.norm(gradient))
-    if size <= price:  # 0 is stationary
-        value = float(loss.value(np.full(n, b), y).mean())
-        return Fit(np.zeros(d), b, 0.0, value, 0.0, 0, "closed form")
-    w = np.zeros(d + 1)
-    w[d] = b
-    if n > 20 * max(d, 500):  # a start from a tenth of the samples
-        some = np.random.default_rng(0).permutation(n)[: max(n // 10, 10 * d)]
-        classes = np.unique(y[some]) if not loss.regression else [0, 1]
-        if len(classes) == 2:
-            near = _newton(X[some], y[some], loss, ball, intercept)
-            w = np.r_[near.theta, near.b]
-
-    def value_at(w: Array, u: Array) -> float:
-        return float(loss.value(u, y).mean()) + price * float(np.linalg.norm(w[:d]))
-
-    if not w[:d].any():
-        # From 0 along the negative gradient, as far as it goes down.
-        length = 1.0 / max(float(np.mean(np.einsum("ij,ij->i", X[:1000], X[:1000]))), 1e-300)
-        for _ in range(60):
-            trial = w.copy()
-            trial[:d] = -length * gradient
-            if value_at(trial, X @ trial[:d] + trial[d]) < value_at(w, np.full(n, b)):
-                w = trial
-                break
-            length *= 0.25
-    u = X @ w[:d] + w[d]
-    value, steps, decrement = value_at(w, u), 0, math.inf
-    free = d + 1 if intercept else d
-    for steps in range(1, 101):  # noqa: B007
-        _, first, second = loss.derivatives(u, y)
-        length = float(np.linalg.norm(w[:d]))
-        g = np.r_[X.T @ first, first.sum()] / n
-        H = np.empty((d + 1, d + 1))
-        H[:d, :d] = weighted_gram(X, second / n)
-        H[:d, d] = H[d, :d] = X.T @ second / n
-        H[d, d] = second.sum() / n
-        if price:
-            unit = w[:d] / length
-            g[:d] += price * unit
-            H[:d, :d] += price / length * (np.eye(d) - np.outer(unit, unit))
-        step = _newton_step(H[:free, :free], g[:free])
-        decrement = float(-g[:free] @ step)
-        move = np.zeros(d + 1)
-        move[:free] = step
-        if decrement <= 1e-15 * (abs(value) + 1e-300):
-            break
-        du, t = X @ move[:d] + move[d], 1.0
-        while t > 1e-12:
-            new = value_at(w + t * move, u + t * du)
-            if new <= value - 1e-4 * t * decrement:
-                break
-            t *= 0.5
-        if t <= 1e-12 or new >= value:
-            break
-        w, u, value = w + t * move, u + t * du, new
-    endless = not price and not loss.regression and bool((y * u > 0).all())
-    if decrement > 1e-7 * (1e-3 + abs(value)) or endless:
-        raise ConvergenceError(
-            f"the fit did not converge: after {steps} Newton steps the risk is {value:.3g} and its "
-            f"decrement {decrement:.1e}; of a radius of 0 and separable classes there is no minimum: "
-            "take a radius > 0."
-        )
-    return Fit(
-        w[:d],
-        float(w[d]),
-        float(np.linalg.norm(w[:d])),
-        value,
-        max(decrement, 0.0),
-        steps,
-        "Newton",
-    )
-
-
-def _newton_step(H: Array, g: Array) -> Array:
-    """-H^-1 g, with a little on the diagonal where H is singular."""
-    unit = 1.0 / np.sqrt(np.maximum(np.diag(H), 1e-300))
-    scaled = H * unit * unit[:, None]
-    for shift in (0.0, 1e-13, 1e-11, 1e-9, 1e-6, 1.0):
-        scaled.flat[:: len(g) + 1] = 1.0 + shift
-        _, x, info = lapack.dposv(scaled, unit * g, lower=1)
-        if not info:
-            step: Array = -unit * x
-            return step
-    return -g
-
-
-def _constant(y: Array, loss: LinearLoss) -> float:
-    """The best b with theta = 0."""
-    if not loss.regression:
-        share = float(np.mean(y > 0))
-        return math.log(share / (1 - share)) if 0 < share < 1 else 0.0
-    b = float(np.median(y))
-    for _ in range(200):
-        r = y - b
-        inside = float(np.mean(np.abs(r) <= loss.delta))
-        slope = float(np.mean(np.clip(r, -loss.delta, loss.delta)))
-        step = slope / inside if inside > 0 else 0.0
-        if abs(step) <= 1e-15 * (1 + abs(b)):
-            break
-        b += step
-    return b
-
-
-# ---- losses and norms with corners -----------------------------------------------------------------
-
-
 def _corners(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> "Fit | None":
     """By active sets, where flips and moves of targets are not worth their price; else None."""
     one = np.ones(len(y))
@@ -240,127 +322,3 @@ def _corners(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) 
             if float(gain.max()) > ball.flip * length:
                 return None
     return Fit(found.theta, b, length, found.value, found.gap, found.steps, "active set")
-
-
-def _task(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> Task:
-    """The problem in the form of `_interior`, with a feasible start."""
-    n, d = X.shape
-    q, price = ball.q, ball.radius * loss.slope
-    flip = ball.flip if not loss.regression and price else math.inf
-    pieces = loss.pieces(y, flip)
-    least = 1 / ball.flip if loss.regression and math.isfinite(ball.flip) else 0.0
-    extra = d if price and q == 1 else 0
-    size = d + 2 + extra
-    rows: list[Array] = []
-    if price:
-        eye = np.eye(d)
-        if q == np.inf:
-            one = np.zeros((2 * d, size))
-            one[:d, :d], one[d:, :d], one[:, d + 1] = eye, -eye, -1.0
-            rows.append(one)
-        elif q == 1:
-            one = np.zeros((2 * d + 1, size))
-            one[:d, :d], one[d : 2 * d, :d] = eye, -eye
-            one[:d, d + 2 :] = one[d : 2 * d, d + 2 :] = -eye
-            one[2 * d, d + 2 :], one[2 * d, d + 1] = 1.0, -1.0
-            rows.append(one)
-    right = [np.zeros(len(r)) for r in rows]
-    if price and least > 0:
-        row = np.zeros((1, size))
-        row[0, d + 1] = -1.0
-        rows.append(row)
-        right.append(np.array([-least]))
-    G = np.concatenate(rows) if rows else np.zeros((0, size))
-    h = np.concatenate(right) if right else np.zeros(0)
-    start = np.zeros(size)
-    start[d] = _constant(y, loss) if intercept and loss.smooth else 0.0
-    if intercept and not loss.smooth and loss.regression:
-        start[d] = float(np.median(y))
-    # r lam is about as large as the risk at 0, which it cannot exceed at the optimum.
-    at_zero = float(loss.value(np.full(n, start[d]), y).mean())
-    start[d + 1] = max(at_zero, 1e-12) / price + 2 * least if price else 0.0
-    if extra:
-        start[d + 2 :] = 0.5 * start[d + 1] / d
-    smooth = (lambda u: loss.derivatives(u, y)) if loss.smooth and not loss.regression else None
-    A, B, C = pieces if pieces is not None else (None, None, None)
-    return Task(
-        X=X, intercept=intercept, eps=price, total=n, smooth=smooth, A=A, B=B, C=C,
-        g=np.zeros(size), G=G, h=h, extra=extra, cone=bool(price) and q == 2, start=start,
-        soft=loss.smooth and loss.regression,
-    )  # fmt: skip
-
-
-def _pieces(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> Fit:
-    """By the interior-point method, on samples near a corner of their loss where there are many."""
-    n, d = X.shape
-    centre = X.mean(0) if intercept else np.zeros(d)
-    X = X - centre
-    task = _task(X, y, loss, ball, intercept)
-    if loss.smooth or n <= _DIRECT or ball.radius == 0:  # smooth samples are never linear
-        found, method = solve(task), "interior point"
-    else:
-        found, method = _working_set(task), "interior point, working set"
-    w = found.w
-    theta, b = w[:d], float(w[d])
-    value, lam = risk(X, y, loss, ball, theta, b)
-    lower = task.objective(w) - found.gap
-    gap = max(value - lower, 0.0)
-    if not gap <= 1e-5 * (1e-3 + abs(value)):
-        raise ConvergenceError(
-            f"the fit did not converge: after {found.steps} interior-point steps the risk is "
-            f"{value:.6g}, which is proved only to {gap:.1e}; scale the features to similar sizes."
-        )
-    return Fit(theta, b - float(centre @ theta), lam, value, gap, found.steps, method)
-
-
-def _working_set(task: Task) -> Found:
-    """The same minimiser from few samples: far from the corners of its loss a sample is linear.
-
-    A fit to some samples tells on which piece each of the others is. Those stay linear, summed into
-    one vector, as long as the piece is the largest at the solution; where it is not they join, and
-    the problem is solved again. At the end all conditions hold for all samples.
-    """
-    n, d = task.X.shape
-    rng = np.random.default_rng(0)
-    some = rng.permutation(n)[: max(1000, 10 * d)]
-    found = solve(_part(task, some, len(some)), tol=1e-4)
-    steps, inside = found.steps, np.zeros(n, bool)
-    w = found.w
-    # The fit to m samples has an error of about 1 / sqrt(m) of the data's spread.
-    share = 0.15
-    for _ in range(12):
-        values = task.values(task.scores(w), w[d + 1])
-        piece = values.argmax(1)
-        near = _margin(values)
-        count = min(n, max(int(share * n), 1000))
-        inside |= near <= np.partition(near, count - 1)[count - 1]
-        outside = np.flatnonzero(~inside)
-        part = _part(task, np.flatnonzero(inside), n)
-        chosen = task.A[outside, piece[outside]]
-        g = task.g.copy()
-        g[:d] += task.X[outside].T @ chosen / n
-        g[d] += chosen.sum() / n if task.intercept else 0.0
-        g[d + 1] += task.B[piece[outside]].sum() / n
-        found = solve(replace(part, g=g))
-        steps += found.steps
-        w = found.w
-        after = task.values(task.scores(w), w[d + 1])[outside]
-        wrong = after.argmax(1) != piece[outside]
-        excess = after[np.arange(len(outside)), piece[outside]] - after.max(1)
-        if not bool((wrong & (excess < -1e-12 * (1 + np.abs(after).max(1)))).any()):
-            return replace(found, steps=steps)
-        inside[outside[wrong]] = True
-        share = min(1.0, 0.5 * share)
-    return solve(task)
-
-
-def _margin(values: Array) -> Array:
-    """By how much the largest piece is ahead of the next."""
-    top = values.max(1)
-    other = np.where(values == top[:, None], -np.inf, values).max(1)
-    ties = (values == top[:, None]).sum(1) > 1
-    return np.where(ties, 0.0, top - other)
-
-
-def _part(task: Task, rows: Array, total: int) -> Task:
-    return replace(task, X=task.X[rows], A=task.A[rows], C=task.C[rows], total=total)

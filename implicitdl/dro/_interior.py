@@ -269,7 +269,7 @@ def solve(task: Task, tol: float = 1e-10, max_steps: int = 100) -> Found:
         near = gap <= tol * (1e-12 + abs(value))
         if step == max_steps or not np.isfinite(gap + residual + value):
             break
-        if near and (residual <= tol or idle >= 2):
+        if near and (residual <= tol or (idle >= 2 and residual <= 1e-7) or idle >= 12):
             break
         mu = gap / max(count, 1)
         cone.scale()

@@ -118,7 +118,8 @@ class Ball:
 class Fit:
     """theta, b, the multiplier lam of the ball's radius, and the worst-case risk.
 
-    `gap` bounds how far the risk is above the least possible, up to the residual of stationarity.
+    `gap` is a proof: by a feasible point of the dual (`_proof`) the risk is at most so much above the
+    least possible, up to rounding. With a radius of 0 that is for theta up to 1000 times as long.
     """
 
     theta: Array

@@ -11,6 +11,8 @@ import math
 
 import numpy as np
 
+from ..solution import ConvergenceError
+from ._last import squares_by_cones
 from ._losses import Ball, Fit
 
 Array = np.ndarray
@@ -21,35 +23,106 @@ def squares(X: Array, y: Array, ball: Ball, intercept: bool) -> Fit:
     d = X.shape[1]
     mx, my = (X.mean(0), float(y.mean())) if intercept else (np.zeros(d), 0.0)
     R = _triangle(X, y, mx, my)  # (d + 1, d + 1): ||R [theta; -1]|| = RMSE
-    least = 0.0 if math.isinf(ball.flip) else 1 / ball.flip
-    theta, steps, method = None, 0, "closed form"
-    if ball.radius == 0:
-        theta = np.linalg.lstsq(R[:, :d], R[:, d], rcond=1e-12)[0]
-    elif ball.q == 2:
-        theta = _ridge_path(R, ball.radius)
-        if np.linalg.norm(theta) < least:
-            theta = None
-    if theta is None:
-        theta, steps = _cone_squares(R, ball, least)
-        method = "cone program"
-    root = float(np.linalg.norm(R[:, :d] @ theta - R[:, d]))
+    # In units in which all numbers are near 1.
+    s = float(np.linalg.norm(R[:, :d])) / math.sqrt(d) or 1.0
+    t = float(np.linalg.norm(R[:, d])) or 1.0
+    R = np.column_stack([R[:, :d] / s, R[:, d] / t])
+    least = 0.0 if math.isinf(ball.flip) else s / (t * ball.flip)
+    ball = Ball(ball.radius / s, ball.p, ball.flip)
+    best, low, steps, method = None, 0.0, 0, ""
+    for name, solver in (
+        ("closed form", _closed),
+        ("cone program", _native),
+        ("cone program", _last),
+    ):
+        try:
+            got = solver(R, ball, least)
+        except (RuntimeError, ValueError, ArithmeticError, np.linalg.LinAlgError):
+            continue  # the next one
+        if got is None or not np.isfinite(got[0]).all():
+            continue
+        theta, dual, count = got
+        if best is None or _root(R, theta, ball, least) < _root(R, best, ball, least):
+            best, steps, method = theta, count, name
+        miss = R[:, d] - R[:, :d] @ theta
+        low = max(low, ball.radius * least)  # z = 0
+        for z in (miss, dual, None if dual is None else -dual):
+            if z is not None:
+                low = max(low, _dual(R, z, ball, least), _dual(R, _nearer(R, z, ball), ball, least))
+        if _root(R, best, ball, least) - low <= 1e-8 * low:
+            break
+    if best is None:
+        raise ConvergenceError("the fit did not converge: no method found a finite risk.")
+    root, size = _root(R, best, ball, least), max(float(np.linalg.norm(best, ball.q)), least)
+    value = root * root
+    gap = max(value - low * low, 0.0) + 2e-15 * value
+    theta = best * t / s
+    b = my - float(mx @ theta)
+    return Fit(theta, b, size * t / s, value * t * t, gap * t * t, steps, method)
+
+
+_Got = tuple[Array, "Array | None", int]
+
+
+def _root(R: Array, theta: Array, ball: Ball, least: float) -> float:
+    """The root of the risk."""
+    d = len(theta)
     size = max(float(np.linalg.norm(theta, ball.q)), least)
-    value = root + ball.radius * size
-    lower = _dual(R, theta, ball, least)
-    gap = max(value * value - max(lower, 0.0) ** 2, 0.0)
-    return Fit(theta, my - float(mx @ theta), size, value * value, gap, steps, method)
+    return float(np.linalg.norm(R[:, :d] @ theta - R[:, d])) + ball.radius * size
 
 
-def _dual(R: Array, theta: Array, ball: Ball, least: float) -> float:
-    """A lower bound of the root: z'c + (r - ||A'z||_p) / k for any ||z|| <= 1, ||A'z||_p <= r.
+def _closed(R: Array, ball: Ball, least: float) -> "_Got | None":
+    d = R.shape[1] - 1
+    A, c = R[:, :d], R[:, d]
+    if ball.radius == 0:
+        return np.linalg.lstsq(A, c, rcond=1e-12)[0], None, 0
+    if least:  # no price is paid for a theta that is shorter
+        theta = np.linalg.lstsq(A, c, rcond=1e-12)[0]
+        if float(np.linalg.norm(theta, ball.q)) <= least:
+            return theta, None, 0
+    elif float(np.linalg.norm(A.T @ c, ball.p)) <= ball.radius * np.linalg.norm(c):
+        return np.zeros(d), None, 0
+    if ball.q == 2:
+        theta = _ridge_path(R, ball.radius)
+        return None if np.linalg.norm(theta) < least else (theta, None, 0)
+    return None
 
-    R = [A c]; z is the direction of the residual c - A theta, shortened until it is feasible.
+
+def _native(R: Array, ball: Ball, least: float) -> "_Got | None":
+    theta, steps = _cone_squares(R, ball, least)
+    return theta, None, steps
+
+
+def _last(R: Array, ball: Ball, least: float) -> "_Got | None":
+    found = squares_by_cones(R, ball, least)
+    return None if found is None else (*found, 1)
+
+
+def _nearer(R: Array, z: Array, ball: Ball) -> Array:
+    """z / ||z|| with ||A'z||_p <= r, by the least change of z rather than its length."""
+    d = R.shape[1] - 1
+    z = z / max(float(np.linalg.norm(z)), 1e-300)
+    g = R[:, :d].T @ z
+    size = float(np.linalg.norm(g, ball.p))
+    if size <= ball.radius:
+        return z
+    goal = np.clip(g, -ball.radius, ball.radius) if math.isinf(ball.p) else g * ball.radius / size
+    try:
+        moved: Array = z - np.linalg.lstsq(R[:, :d].T, g - goal, rcond=1e-14)[0]
+    except np.linalg.LinAlgError:
+        return z
+    return moved
+
+
+def _dual(R: Array, z: Array, ball: Ball, least: float) -> float:
+    """A lower bound of the root: z'c + (r - ||A'z||_p) least for any ||z|| <= 1, ||A'z||_p <= r.
+
+    R = [A c]; z is a direction, as that of the residual c - A theta, shortened until it is feasible.
     """
     d = R.shape[1] - 1
-    z = R[:, d] - R[:, :d] @ theta
     z = z / max(float(np.linalg.norm(z)), 1e-300)
     size = float(np.linalg.norm(R[:, :d].T @ z, ball.p))
-    if size > 1e-10 * float(np.linalg.norm(R[:, :d])):  # else it is 0 but for rounding
+    if size > 1e-12 * float(np.linalg.norm(R[:, :d])):  # else it is 0 but for rounding
         z = z * min(1.0, ball.radius / size)
     size = min(size, ball.radius)
     return float(z @ R[:, d]) + least * (ball.radius - size)
@@ -149,7 +222,8 @@ def _cone_squares(R: Array, ball: Ball, least: float) -> tuple[Array, int]:
         h.append(np.zeros(d + 1))
         cones.append(d + 1)
     cost = np.zeros(size)
-    cost[d], cost[d + 1] = 1.0, ball.radius
+    over = max(1.0, ball.radius)
+    cost[d], cost[d + 1] = 1.0 / over, ball.radius / over
     tensors = (cost, np.concatenate(lines), np.concatenate(h))
     c, G, right = (torch.from_numpy(t) for t in tensors)
     with torch.no_grad():

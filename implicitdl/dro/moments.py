@@ -26,7 +26,7 @@ import torch
 from ..convex import ConeProgram, Cones
 from ..robust import AnyLaw, Family, Gaussian, Symmetric, SymmetricUnimodal
 from ..solution import unknown_name
-from ._checks import features_of, samples_of
+from ._checks import features_of, number, samples_of
 
 try:
     from sklearn.base import BaseEstimator, ClassifierMixin, RegressorMixin
@@ -38,6 +38,7 @@ except ImportError as error:  # pragma: no cover - the message is all there is
         'pip install "implicitdl[sklearn]".'
     ) from error
 
+_TRACE = 1e-10  # of each feature's variance, added to the covariances of both classes
 _FAMILIES: dict[str, Family] = {
     "any": AnyLaw(),
     "symmetric": Symmetric(),
@@ -47,7 +48,7 @@ _FAMILIES: dict[str, Family] = {
 
 
 def _family(name: str) -> Family:
-    if name not in _FAMILIES:
+    if not isinstance(name, str) or name not in _FAMILIES:
         raise unknown_name("family", name, _FAMILIES)
     return _FAMILIES[name]
 
@@ -60,10 +61,10 @@ def _error(name: str, value: Any) -> float:
     return float(value)
 
 
-def _factor(X: np.ndarray, rho: float) -> np.ndarray:
-    """R with R'R the covariance of the rows, plus rho I."""
+def _factor(X: np.ndarray, rho: np.ndarray) -> np.ndarray:
+    """R with R'R the covariance of the rows, plus diag(rho)."""
     off = (X - X.mean(0)) / math.sqrt(len(X))
-    full = np.vstack([off, math.sqrt(rho) * np.eye(X.shape[1])]) if rho else off
+    full = np.vstack([off, np.diag(np.sqrt(rho))])
     return np.asarray(np.linalg.qr(full, mode="r"))
 
 
@@ -75,6 +76,8 @@ class MomentClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             The hyperplane is the same; the probability that is promised differs.
         mean_error: nu >= 0, how far the true means may be, in standard deviations.
         covariance_error: rho >= 0, how far the true covariances may be, in the Frobenius norm.
+            To both covariances 1e-10 of each feature's own variance is added in any case, so that
+            classes which lie in a hyperplane have a solution; kappa is smaller by as much.
 
     Attributes:
         coef_, intercept_: theta and b.
@@ -125,9 +128,10 @@ class MomentClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
             self.coef_, self.intercept_ = np.zeros(X.shape[1]), 0.0
             self.kappa_, self.accuracy_, self.n_iter_ = 0.0, 0.0, 1
             return self
-        # A trace of the spread keeps a direction without variance from having length infinity.
-        tiny = 1e-10 * float(X.var(0).mean())
-        factors = [_factor(part, rho + tiny) for part in parts]
+        # A trace of each feature's variance keeps a direction without any from length infinity.
+        variance = X.var(0)
+        variance[variance == 0] = 1.0
+        factors = [_factor(part, rho + _TRACE * variance) for part in parts]
         theta, self.n_iter_ = self._solve(factors, gap)
         sizes = [float(np.linalg.norm(R @ theta)) for R in factors]
         kappa = float(theta @ gap) / sum(sizes)
@@ -139,6 +143,9 @@ class MomentClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
 
     def _solve(self, factors: list[np.ndarray], gap: np.ndarray) -> tuple[np.ndarray, int]:
         d = len(gap)
+        # Every feature in units of its own, so that numbers of all sizes are as accurate.
+        unit = np.sqrt(sum((R * R).sum(0) for R in factors))
+        factors, gap = [R / unit for R in factors], gap / unit
         scale = sum(float(np.linalg.norm(R)) for R in factors)
         blocks, sizes = [], []
         for k, R in enumerate(factors):
@@ -153,7 +160,7 @@ class MomentClassifier(ClassifierMixin, BaseEstimator):  # type: ignore[misc]
         h, one = torch.zeros(len(G), dtype=torch.float64), torch.ones(1, dtype=torch.float64)
         with torch.no_grad():
             found = ConeProgram(Cones(0, tuple(sizes))).solve(None, c, G, h, A, one)
-        theta: np.ndarray = found.value.numpy()[:d] / length
+        theta: np.ndarray = found.value.numpy()[:d] / length / unit
         return theta, max(int(found.steps), 1)
 
     def decision_function(self, X: Any) -> np.ndarray:
@@ -208,7 +215,7 @@ class MomentRegressor(RegressorMixin, BaseEstimator):  # type: ignore[misc]
             ValueError: X or y are not finite or of other shapes; a parameter is out of range.
         """
         family, rho = _family(self.family), _error("covariance_error", self.covariance_error)
-        if not 0.5 < self.confidence < 1:
+        if not 0.5 < number("confidence", self.confidence, 0) < 1:
             raise ValueError(f"confidence: got {self.confidence}, expected a number in (1/2, 1).")
         X, y = samples_of(self, X, y, y_numeric=True)
         Z = np.column_stack([X, y]).astype(np.float64)

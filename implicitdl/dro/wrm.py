@@ -35,16 +35,19 @@ from torch import Tensor, nn
 
 from ..model import ImplicitModel
 from ..solution import unknown_name
-from ..solvers import FixedPointSolver
+from ..solvers import Anderson, FixedPointSolver
 from ._ascent import Worst, ascend, like
 from ._checks import finite, labels_of, number
 from .smoothness import OutputLoss, Smoothness, smoothness
 
-_LOSSES = {
-    "cross_entropy": OutputLoss(
-        lambda y, t: F.cross_entropy(y, t, reduction="none"), math.sqrt(2), 0.5, pairs=True
-    ),
-}
+
+def _cross_entropy(y: Tensor, target: Tensor) -> Tensor:
+    if not target.is_floating_point():
+        target = labels_of("labels", target, tuple(target.shape), y.shape[1])
+    return F.cross_entropy(y, target, reduction="none")
+
+
+_LOSSES = {"cross_entropy": OutputLoss(_cross_entropy, math.sqrt(2), 0.5, pairs=True)}
 _EXACT = 1e-10  # tolerance of the solves of implicit layers inside a certificate
 _MARGIN = 1e-8  # of a certificate, for those solves and for rounding
 
@@ -190,10 +193,12 @@ class WassersteinTraining(nn.Module):
     def worst(self, u: Tensor, labels: Tensor) -> Worst:
         """The worst-case inputs (and labels) of a batch, at the present gamma."""
         u, labels = self._accept(u, labels)
-        return ascend(
-            self.model, self.loss, u, labels, self.gamma, self._root(u), self.label_price,
-            self.steps, self.tol, math.inf,
-        )  # fmt: skip
+        self._fits(u)
+        with _steady(self.model):
+            return ascend(
+                self.model, self.loss, u, labels, self.gamma, self._root(u), self.label_price,
+                self.steps, self.tol, math.inf,
+            )  # fmt: skip
 
     def smoothness(self, example: Tensor) -> Smoothness:
         """L_zz of the loss by the input in the coordinates of the cost, from the weights.
@@ -242,7 +247,7 @@ class WassersteinTraining(nn.Module):
         batches = [(u.double(), y) for u, y in batches]
         found = self.smoothness(batches[0][0])
         L = found.L_zz
-        model = _exact(self.model)
+        model = _tight(_exact(self.model))
         least = 0.5 * L * (1 + 1e-3)
 
         def at(gamma: float) -> tuple[Tensor, ...]:
@@ -309,6 +314,7 @@ class WassersteinTraining(nn.Module):
         if len(batches) != 1:
             raise ValueError(f"data: got {len(batches)} batches, expected one, (inputs, labels).")
         u, y = self._accept(*batches[0])
+        self._fits(u)
         root = self._root(u)
         low, high, best = None, None, None
         for _ in range(24):
@@ -348,6 +354,22 @@ class WassersteinTraining(nn.Module):
             got, inputs=inputs, labels=y, losses=losses, costs=cost * share**2,
             surrogate=losses, residual=zero, upper=losses,
         )  # fmt: skip
+
+    def _fits(self, u: Tensor) -> None:
+        """Whether the model takes this dtype."""
+        if isinstance(self.model, ImplicitModel):
+            kinds = {self.model.dtype}
+        else:
+            kinds = {p.dtype for p in self.model.parameters() if p.is_floating_point()}
+        if (
+            len(kinds) == 1
+            and u.dtype not in kinds
+            and not torch.is_autocast_enabled(u.device.type)
+        ):
+            (kind,) = kinds
+            raise ValueError(
+                f"u: got {u.dtype}, expected {kind} as the model's weights; convert one with .to()."
+            )
 
     def _root(self, u: Tensor) -> "Tensor | None":
         """sqrt(w), in the shape of one input."""
@@ -392,7 +414,12 @@ def _batches(data: Any) -> list[tuple[Tensor, Tensor]]:
 def _exact(model: Any) -> Any:
     """A copy in float64 and evaluation mode whose implicit layers are solved nearly exactly."""
     if isinstance(model, ImplicitModel):
-        return model
+        if model.dtype == torch.float64:
+            return model
+        with torch.no_grad():
+            dense = model.dense()
+            parts = {name: getattr(dense, name).detach().double() for name in "ABCDbd"}
+        return ImplicitModel(**parts, phi=dense.phi)
     twin: nn.Module = copy.deepcopy(model).double().eval()
     for part in twin.modules():
         holder: Any = part
@@ -403,6 +430,34 @@ def _exact(model: Any) -> Any:
     for p in twin.parameters():
         p.requires_grad_(False)
     return twin
+
+
+def _tight(model: Any) -> Any:
+    """An ImplicitModel's map with loops solved nearly exactly; inputs of any shape are flattened."""
+    if not isinstance(model, ImplicitModel) or model.structure is not None:
+        return model
+    options: dict[str, Any] = {}
+    if bool(torch.tril(model.A.detach()).any()):
+        options["solver"] = Anderson(rtol=_EXACT, atol=_EXACT)
+    return lambda u: model(u.flatten(1), **options)
+
+
+@contextlib.contextmanager
+def _steady(model: Any) -> Iterator[None]:
+    """Layers whose outputs depend on the batch or on chance, as in evaluation for a while.
+
+    An ascent on part of a batch would move running means, and climb another function each step.
+    """
+    kinds = (nn.modules.batchnorm._NormBase, nn.modules.dropout._DropoutNd)
+    parts = list(model.modules()) if isinstance(model, nn.Module) else []
+    moved = [m for m in parts if isinstance(m, kinds) and m.training]
+    for m in moved:
+        m.training = False
+    try:
+        yield
+    finally:
+        for m in moved:
+            m.training = True
 
 
 def _best_gamma(at: Any, rho: float, start: float, least: float) -> float:
