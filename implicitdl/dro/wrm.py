@@ -157,7 +157,7 @@ class WassersteinTraining(nn.Module):
                 )
         _whole("steps", steps)
         self.model, self.loss, self.label_price = model, loss, float(label_price)
-        self.steps, self.tol = steps, number("tol", tol, 0, open_low=True)
+        self.steps, self.tol = steps, number("tol", tol, 0, 0.5, open_low=True)
         self.register_buffer("cost", cost)
         self.register_buffer("log_gamma", torch.tensor(math.log(start), dtype=torch.float64))
 
@@ -242,7 +242,7 @@ class WassersteinTraining(nn.Module):
         if gamma is not None:
             gamma = number("gamma", gamma, 0, open_low=True)
         _whole("steps", steps)
-        tol = number("tol", tol, 0, open_low=True)
+        tol = number("tol", tol, 0, 0.5, open_low=True)
         batches = [self._accept(*batch) for batch in _batches(data)]
         batches = [(u.double(), y) for u, y in batches]
         found = self.smoothness(batches[0][0])
