@@ -6,6 +6,7 @@
 - digits: certified share of implicit ReLU classifiers of 64 states by method, with time;
 - tight: the best slopes against the linear program, and the semidefinite bound between it and PGD;
 - network: a converted 784-100-100-10 against a plain interval and CROWN pass written out here;
+- lirpa: auto_LiRPA on two networks (needs --lirpa, a python that has it);
 - mnist: classifiers trained for certificates, all test images (needs --data, MNIST's four files).
 
 Prints tables and writes results/certify.json and results/certify.md.
@@ -16,10 +17,13 @@ import concurrent.futures
 import math
 import multiprocessing
 import os
+import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from _harness import duration, interleaved, machine, machine_line, median, table, write_results
@@ -39,7 +43,7 @@ from implicitdl.robust import Ball, Budget
 from implicitdl.solvers import Picard
 from implicitdl.wellposed import InfNormBall
 
-PARTS = ("sound", "digits", "tight", "network", "mnist")
+PARTS = ("sound", "digits", "tight", "network", "lirpa", "mnist")
 # Shares and seconds of the bare prototype, for the same kind of model on the same images; it was
 # measured on another machine, so that its seconds are a rough guide.
 PROTOTYPE = {
@@ -290,6 +294,61 @@ def plain_crown(net: nn.Sequential, u: Tensor, r: float) -> tuple[Tensor, Tensor
     return ranges[-1]
 
 
+def of_lirpa(python: str, net: nn.Sequential, u: Tensor, radius: float) -> dict[str, Any]:
+    """What auto_LiRPA says, by an interpreter that has it: see lirpa.py."""
+    linear = [m for m in net if isinstance(m, nn.Linear)]
+    arrays = {f"w{k}": m.weight.detach().numpy() for k, m in enumerate(linear)}
+    arrays |= {f"b{k}": m.bias.detach().numpy() for k, m in enumerate(linear)}
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "in.npz", Path(folder) / "out.npz"
+        np.savez(source, u=u.numpy(), radius=radius, **arrays)
+        script = Path(__file__).with_name("lirpa.py")
+        subprocess.run([python, str(script), str(source), str(target)], check=True)
+        return dict(np.load(target))
+
+
+def beside_lirpa(quick: bool, python: str) -> tuple[str, dict[str, Any]]:
+    """The same bounds as auto_LiRPA, and the time of both."""
+    torch.manual_seed(0)
+    data = _data.digits(0)
+    digits_net = nn.Sequential(
+        nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 64), nn.ReLU(), nn.Linear(64, 10)
+    )
+    rows = data.train_images.double(), data.train_labels
+    train(digits_net, *rows, 5 if quick else 30, lambda u, y, t: F.cross_entropy(digits_net(u), y))
+    wide = nn.Sequential(
+        nn.Linear(784, 100), nn.ReLU(), nn.Linear(100, 100), nn.ReLU(), nn.Linear(100, 10)
+    )
+    cases = {
+        "digits 64-64-64-10, 359 inputs, 0.05": (digits_net, data.test_images.double(), 0.05),
+        "random 784-100-100-10, 64 inputs, 0.01": (wide, torch.rand(64, 784), 0.01),
+    }
+    body, numbers = [], []
+    for name, (net, u, radius) in cases.items():
+        theirs = of_lirpa(python, net.requires_grad_(False), u, radius)
+        model = to_implicit(net, u[:1])
+        region = Ball(radius=radius, norm="inf", dimension=u.shape[1])
+        for method in ("interval", "crown"):
+            seconds = []
+            for _ in range(8):
+                found = bounds(model, region, method, around=u)
+                seconds.append(found.seconds)
+            low, high = (torch.tensor(theirs[f"{method} {end}"]) for end in ("low", "high"))
+            wider = max(float((low - found.lower).max()), float((found.upper - high).max()))
+            tighter = max(float((found.lower - low).max()), float((high - found.upper).max()))
+            ours, other = median(seconds[1:]), median(theirs[method].tolist())
+            body.append([
+                name, method, f"{wider:.1e}", f"{tighter:.1e}", duration(ours), duration(other),
+                f"{other / ours:.2f}",
+            ])  # fmt: skip
+            numbers.append({
+                "case": name, "method": method, "wider": wider, "tighter": tighter,
+                "seconds": ours, "theirs": other,
+            })  # fmt: skip
+    head = ["network", "method", "ours wider by", "tighter by", "ours", "auto_LiRPA", "ratio"]
+    return "float64, medians of 7 calls.\n\n" + table(head, body), {"rows": numbers}
+
+
 def network(quick: bool) -> tuple[str, dict[str, Any]]:
     """Equality with, and time against, passes written for this network alone."""
     torch.manual_seed(0)
@@ -328,6 +387,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--quick", action="store_true", help="a small run, under 2 minutes")
     parser.add_argument("--data", type=Path, help="folder of MNIST's four files")
+    parser.add_argument("--lirpa", help="a python that has auto_LiRPA; see lirpa.py")
     parser.add_argument("--part", nargs="+", choices=PARTS, default=list(PARTS))
     parser.add_argument("--samples", type=int, help="test images of MNIST; all by default")
     parser.add_argument("--out", type=Path, help="where results go; results/ by default")
@@ -339,10 +399,15 @@ def main() -> None:
         if part == "mnist" and arguments.data is None:
             print("mnist: left out, no --data")
             continue
+        if part == "lirpa" and arguments.lirpa is None:
+            print("lirpa: left out, no --lirpa")
+            continue
         torch.set_default_dtype(torch.float32 if part in ("mnist", "digits") else torch.float64)
         start = time.perf_counter()
         if part == "sound":
             found = sound(10 if quick else 500, 100 if quick else 200)
+        elif part == "lirpa":
+            found = beside_lirpa(quick, arguments.lirpa)
         elif part == "mnist":
             found = mnist(arguments.data, quick, arguments.samples)
         else:
