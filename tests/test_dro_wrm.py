@@ -410,7 +410,9 @@ def test_labels_and_dtypes_are_named():
 def test_batch_norm_sees_a_batch_once():
     net = nn.Sequential(nn.Linear(P, 6), nn.BatchNorm1d(6), nn.ELU(), nn.Linear(6, Q))
     training = dro.WassersteinTraining(net, gamma=1.0)
-    training(torch.randn(8, P, dtype=net[0].weight.dtype), torch.zeros(8, dtype=torch.long))
+    batch = torch.randn(8, P, dtype=net[0].weight.dtype), torch.zeros(8, dtype=torch.long)
+    training(*batch)
+    training.attack(batch, 0.1, steps=3)
     assert int(net[1].num_batches_tracked) == 1 and net[1].training
 
 

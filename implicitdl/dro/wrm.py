@@ -316,7 +316,17 @@ class WassersteinTraining(nn.Module):
         u, y = self._accept(*batches[0])
         self._fits(u)
         root = self._root(u)
-        low, high, best = None, None, None
+        with _steady(self.model):
+            return self._attacked(u, y, root, rho, gamma, stride, steps)
+
+    def _attacked(
+        self, u: Tensor, y: Tensor, root: "Tensor | None", rho: float, gamma: float, stride: float,
+        steps: int,
+    ) -> Worst:  # fmt: skip
+        """The search of `attack` for the multiplier."""
+        low: float | None = None
+        high: float | None = None
+        best: Worst | None = None
         for _ in range(24):
             got = ascend(
                 self.model, self.loss, u, y, gamma, root, self.label_price, steps, 1e-3, math.inf
@@ -336,6 +346,7 @@ class WassersteinTraining(nn.Module):
                 gamma = math.sqrt(low * high)
                 if high < 1.02 * low:
                     break
+        assert best is not None  # the first turn made one
         return best
 
     def _pulled(self, got: Worst, u: Tensor, y: Tensor, root: "Tensor | None", rho: float) -> Worst:
