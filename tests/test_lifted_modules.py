@@ -7,16 +7,11 @@ import math
 import pytest
 import torch
 import torch.nn.functional as F
+from test_lifted_runs import data
 from torch import nn
 from torch.nn.utils import parametrizations, parametrize, prune
 
 from implicitdl import ConvergenceError, ImplicitLayer, lifted, wellposed
-
-
-def data():
-    generator = torch.Generator().manual_seed(3)
-    u = torch.randn(60, 5, generator=generator)
-    return u, (u[:, 0] + u[:, 1] > 0).long() + (u[:, 2] > 0.5).long()
 
 
 def mlp():

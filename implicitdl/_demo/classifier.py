@@ -43,10 +43,7 @@ def chapter(context: Context) -> Section:
     data = standardized(context.data)
     recipe, states = plan(context)
     torch.manual_seed(context.seed)
-    implicit = ImplicitLayer(
-        data.features, data.classes, states, activation="relu", well_posed=InfNormBall(kappa=_KAPPA)
-    )
-    explicit = matched_mlp(data.features, data.classes, parameter_count(implicit))
+    implicit, explicit = pair(data, states)
     models: dict[str, nn.Module] = {"implicit": implicit, "explicit": explicit}
     with threads(None if many(data) else 1):
         history = {
@@ -213,3 +210,11 @@ def _draw(
     }
     for name, figure in figures.items():
         section.pictures.append(plot.save(figure, context.out / name))
+
+
+def pair(data: Dataset, states: int) -> tuple[ImplicitLayer, nn.Sequential]:
+    """An implicit classifier, and a network with one hidden layer and about as many parameters."""
+    implicit = ImplicitLayer(
+        data.features, data.classes, states, activation="relu", well_posed=InfNormBall(kappa=_KAPPA)
+    )
+    return implicit, matched_mlp(data.features, data.classes, parameter_count(implicit))

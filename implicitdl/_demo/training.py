@@ -8,13 +8,10 @@ import torch
 from torch import nn
 
 from .. import lifted, plot
-from .._train import Recipe, accuracy, matched_mlp, parameter_count, standardized, train
-from ..layers import ImplicitLayer
-from ..wellposed import InfNormBall
-from .classifier import many, threads
+from .._train import Recipe, accuracy, standardized, train
+from .classifier import many, pair, threads
 from .report import Context, Section, table
 
-_KAPPA = 0.95
 _RATE, _BATCH = 3e-3, 64
 # Images that the full-batch descent of `lifted.blocks` is given at most.
 _BLOCKS = 2_000
@@ -35,10 +32,7 @@ def chapter(context: Context) -> Section:
     sweeps = max(10, epochs) if large else epochs  # few images: sweeps are cheap
     states = context.states or (100 if large else 64)
     torch.manual_seed(context.seed)
-    implicit = ImplicitLayer(
-        data.features, data.classes, states, activation="relu", well_posed=InfNormBall(kappa=_KAPPA)
-    )
-    explicit = matched_mlp(data.features, data.classes, parameter_count(implicit))
+    implicit, explicit = pair(data, states)
     reports: dict[str, lifted.Report] = {}
 
     def gradient(model: nn.Module) -> None:

@@ -96,11 +96,11 @@ def worst_margins(
     if method not in METHODS:
         raise unknown_name("method", method, METHODS)
     x = x.flatten(1) if isinstance(x, Tensor) and x.dim() > 2 else x
-    checked(x, y, radius.detach() if isinstance(radius, Tensor) else radius, norm, clip,
-            as_model(model).outputs)  # fmt: skip
+    f = as_model(model)  # once: a layer computes its matrices anew each time
+    checked(x, y, radius.detach() if isinstance(radius, Tensor) else radius, norm, clip, f.outputs)
     if method == "lipschitz":
-        return _lipschitz_margins(model, radius, x, y, norm)
-    graph = graph_of(model, dtype=x.dtype, detach=False)
+        return _lipschitz_margins(model, f, radius, x, y, norm)
+    graph = graph_of(f, dtype=x.dtype, detach=False)
     if x.shape[-1] != graph.inputs:
         raise ValueError(f"x: got shape {tuple(x.shape)}, expected (m, {graph.inputs}).")
     r = torch.as_tensor(radius, dtype=x.dtype, device=x.device).expand(len(x))
@@ -124,10 +124,10 @@ def worst_margins(
 
 
 def _lipschitz_margins(
-    model: Any, radius: "float | Tensor", x: Tensor, y: Tensor, norm: "str | int"
+    model: Any, f: ImplicitModel, radius: "float | Tensor", x: Tensor, y: Tensor, norm: "str | int"
 ) -> Tensor:
     """The margins at x less what the state and D move them: pair by pair."""
-    f, gain = _gain(model, norm)
+    gain = _gain(model, f, norm)
     rows = pair_rows(y, f.outputs, x)[0]
     r = torch.as_tensor(radius, dtype=x.dtype, device=x.device).expand(len(x))
     dual = 1 if norm == "inf" else 2
@@ -136,9 +136,13 @@ def _lipschitz_margins(
     return plain - r[:, None] * (sizes[0] * gain + sizes[1])
 
 
-def _gain(model: Any, norm: "str | int") -> tuple[ImplicitModel, Tensor]:
-    """The model, and how far its state moves in the norm for inputs that move by 1."""
-    f = as_model(model)
+def _gain(model: Any, f: ImplicitModel, norm: "str | int") -> Tensor:
+    """How far the state moves in the norm for inputs that move by 1.
+
+    Args:
+        model: as users have it.
+        f: its matrices.
+    """
     if f.structure is not None:
         raise ValueError("model: got one in blocks, expected matrices; take 'interval'.")
     if norm == 2:
@@ -149,14 +153,14 @@ def _gain(model: Any, norm: "str | int") -> tuple[ImplicitModel, Tensor]:
             )
         # |dx|^2 / L <= dx'dz = dx'(A dx + dv) <= (1 - m) |dx|^2 + |dx| |dv|.
         rest = 1 / f.phi.lipschitz - (1 - model.margin)
-        return f, torch.linalg.matrix_norm(f.B, 2) / rest
+        return torch.linalg.matrix_norm(f.B, 2) / rest
     A, B = f.A.abs().sum(1).amax(), f.B.abs().sum(1).amax()
     L = f.phi.infinity_lipschitz
     if not math.isfinite(L) or (L * A).item() >= 1:
         raise ValueError(
             f"model: L ||A||_inf = {(L * A).item():.4g}, expected below 1; keep A in InfNormBall."
         )
-    return f, B * L / (1 - L * A)
+    return B * L / (1 - L * A)
 
 
 def _over(g: Tensor, box: Box) -> Tensor:
@@ -351,7 +355,8 @@ def lipschitz_penalty(model: Any, norm: "str | int" = "inf") -> Tensor:
     """
     if norm not in NORMS:
         raise unknown_name("norm", norm, map(str, NORMS))
-    f, gain = _gain(model, norm)
+    f = as_model(model)
+    gain = _gain(model, f, norm)
     if norm == 2:
         return torch.linalg.matrix_norm(f.C, 2) * gain + torch.linalg.matrix_norm(f.D, 2)
     return f.C.abs().sum(1).amax() * gain + f.D.abs().sum(1).amax()

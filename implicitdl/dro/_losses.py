@@ -129,3 +129,26 @@ class Fit:
     gap: float
     steps: int
     method: str
+
+
+def norm_rows(d: int, q: float, size: int) -> Array:
+    """G with ||theta||_q <= lam where G w <= 0, of w = (theta, one number, lam, sizes of theta if q = 1).
+
+    None for q = 2, which takes a cone.  # (rows, size)
+    """
+    eye = np.eye(d)
+    G = np.zeros(({np.inf: 2 * d, 1.0: 2 * d + 1}.get(q, 0), size))
+    if q == np.inf:
+        G[:d, :d], G[d:, :d], G[:, d + 1] = eye, -eye, -1.0
+    elif q == 1:
+        G[:d, :d], G[d : 2 * d, :d] = eye, -eye
+        G[:d, d + 2 :] = G[d : 2 * d, d + 2 :] = -eye
+        G[2 * d, d + 2 :], G[2 * d, d + 1] = 1.0, -1.0
+    return G
+
+
+def length_row(d: int, size: int) -> Array:
+    """-lam, of the same w.  # (1, size)"""
+    row = np.zeros((1, size))
+    row[0, d + 1] = -1.0
+    return row

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 
 from ._interior import Found, Task, solve
-from ._losses import Ball, LinearLoss
+from ._losses import Ball, LinearLoss, length_row, norm_rows
 from ._newton import constant
 from ._proof import multipliers
 
@@ -24,27 +24,10 @@ def _task(X: Array, y: Array, loss: LinearLoss, ball: Ball, intercept: bool) -> 
     least = 1 / ball.flip if loss.regression and math.isfinite(ball.flip) else 0.0
     extra = d if price and q == 1 else 0
     size = d + 2 + extra
-    rows: list[Array] = []
-    if price:
-        eye = np.eye(d)
-        if q == np.inf:
-            one = np.zeros((2 * d, size))
-            one[:d, :d], one[d:, :d], one[:, d + 1] = eye, -eye, -1.0
-            rows.append(one)
-        elif q == 1:
-            one = np.zeros((2 * d + 1, size))
-            one[:d, :d], one[d : 2 * d, :d] = eye, -eye
-            one[:d, d + 2 :] = one[d : 2 * d, d + 2 :] = -eye
-            one[2 * d, d + 2 :], one[2 * d, d + 1] = 1.0, -1.0
-            rows.append(one)
-    right = [np.zeros(len(r)) for r in rows]
+    G = norm_rows(d, q, size) if price else np.zeros((0, size))
+    h = np.zeros(len(G))
     if price and least > 0:
-        row = np.zeros((1, size))
-        row[0, d + 1] = -1.0
-        rows.append(row)
-        right.append(np.array([-least]))
-    G = np.concatenate(rows) if rows else np.zeros((0, size))
-    h = np.concatenate(right) if right else np.zeros(0)
+        G, h = np.concatenate([G, length_row(d, size)]), np.append(h, -least)
     start = np.zeros(size)
     start[d] = constant(y, loss) if intercept and loss.smooth else 0.0
     if intercept and not loss.smooth and loss.regression:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..solution import ConvergenceError
 from ._last import squares_by_cones
-from ._losses import Ball, Fit
+from ._losses import Ball, Fit, length_row, norm_rows
 
 Array = np.ndarray
 
@@ -192,23 +192,8 @@ def _cone_squares(R: Array, ball: Ball, least: float) -> tuple[Array, int]:
     d, q = R.shape[1] - 1, ball.q
     extra = d if q == 1 else 0
     size = d + 2 + extra  # theta, tau, lam, the sizes |theta_j|
-    lines: list[Array] = []
-    eye = np.eye(d)
-    if q == np.inf:
-        one = np.zeros((2 * d, size))
-        one[:d, :d], one[d:, :d], one[:, d + 1] = eye, -eye, -1.0
-        lines.append(one)
-    elif q == 1:
-        one = np.zeros((2 * d + 1, size))
-        one[:d, :d], one[d : 2 * d, :d] = eye, -eye
-        one[:d, d + 2 :] = one[d : 2 * d, d + 2 :] = -eye
-        one[2 * d, d + 2 :], one[2 * d, d + 1] = 1.0, -1.0
-        lines.append(one)
-    h = [np.zeros(len(t)) for t in lines]
-    row = np.zeros((1, size))
-    row[0, d + 1] = -1.0
-    lines.append(row)
-    h.append(np.array([-least]))
+    lines = [norm_rows(d, q, size), length_row(d, size)]
+    h = [np.zeros(len(lines[0])), np.array([-least])]
     count = sum(len(t) for t in lines)
     cones = [len(R) + 1]
     block = np.zeros((len(R) + 1, size))
@@ -217,7 +202,7 @@ def _cone_squares(R: Array, ball: Ball, least: float) -> tuple[Array, int]:
     h.append(np.r_[0.0, -R[:, d]])
     if q == 2:
         block = np.zeros((d + 1, size))
-        block[0, d + 1], block[1:, :d] = -1.0, -eye
+        block[0, d + 1], block[1:, :d] = -1.0, -np.eye(d)
         lines.append(block)
         h.append(np.zeros(d + 1))
         cones.append(d + 1)

@@ -130,14 +130,13 @@ def blocks(
             )
     made: Any = EquilibriumBlocks if isinstance(module, AffineLayer) else _ChainBlocks
     process = made(module, chosen, how, rows, float(mu), float(growth), counts, sharing)
-    error: Exception | None = None
-    try:
+
+    def accepted() -> tuple[Tensor, Tensor, Callable[[], float] | None]:
         u = check_inputs(data, next(module.parameters()))
         y = check_targets(targets, len(u), process.outputs(u), chosen, u)
-        held = held_out(module, validation, u, y, chosen, sharing.total)
-    except (TypeError, ValueError) as problem:
-        error = problem
-    sharing.agree(error)  # or one process would wait for another for ever
+        return u, y, held_out(module, validation, u, y, chosen, sharing.total)
+
+    u, y, held = sharing.together(accepted)
     process.start(u, y, not targets.is_floating_point())
     options: dict[str, Any] = {}
     if checkpoint is not None:

@@ -111,17 +111,20 @@ def run(
     """
     model = process.model
     best = _copies(model_tensors(model))
-    name, error = None, None
-    try:
-        name = None if path is None else files.require_path(path)
-        if name is not None and process.sharing.shard is not None:
+
+    def taken_up() -> tuple[str | None, dict[str, Tensor]]:
+        if path is None:
+            return None, best
+        name = files.require_path(path)
+        if process.sharing.shard is not None:
             name = f"{name}.{distributed.get_rank(process.sharing.group)}"
-        if name is not None and os.path.exists(name):
-            now, best = files.load(name, options, report, process.tensors(), best)
-            process.load(now)
-    except (OSError, TypeError, ValueError) as problem:
-        error = problem
-    process.sharing.agree(error)
+        if not os.path.exists(name):
+            return name, best
+        now, kept = files.load(name, options, report, process.tensors(), best)
+        process.load(now)
+        return name, kept
+
+    name, best = process.sharing.together(taken_up)
     _require_together(process.sharing, report.epochs, best)
     before = report.seconds[-1] if report.seconds else 0.0
     start = time.perf_counter()

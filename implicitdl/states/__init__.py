@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from ..layers import ImplicitLayer
-from ..model import ImplicitModel
+from ..model import ImplicitModel, Structure
 from ..model.wiring import structured
 from . import assembly, fitting
 from .checks import (
@@ -110,19 +110,19 @@ def fit_states(
     """
     options = checked_options(kappa, penalty, readout, connections, shard)
     sharing = Sharing(shard=shard, group=group)
-    error: Exception | None = None
-    try:
+
+    def accepted() -> tuple[Structure, Tensor]:
         check_data(data, least=1 if shard == "samples" else 2)
-        model = network
+        model, samples = network, data
         if not isinstance(model, ImplicitModel):
-            model, data = converted(model, data)
+            model, samples = converted(model, samples)
         f = structured(model)
-        data = check_samples(f, data)
+        samples = check_samples(f, samples)
         check_model(f, options.kappa)
-        check_targets(targets, len(data), f.outputs)
-    except Exception as refused:  # noqa: BLE001 - the other processes are told before it is raised
-        error = refused
-    sharing.agree(error)
+        check_targets(targets, len(samples), f.outputs)
+        return f, samples
+
+    f, data = sharing.together(accepted)
     with torch.no_grad():
         double = exact(f)
         fitted = fitting.fit(double, data, options, refit, sharing)
